@@ -10,9 +10,10 @@
 #   bash cluster.sh broken-locks on|off      POSIX locks hold on one host only, as on Lustre mounted with localflock
 #   bash cluster.sh down                     ends it; the cache stays, and nothing else
 #
-# The hosts are `login` (also called controller: slurmctld), n1 and n2 (two GPUs each, on paper) and m1 (MIG). Each has
+# The hosts are `login` (also called controller: slurmctld), n1 … n6 (two GPUs each, on paper) and m1 (MIG). Each has
 # namespaces of its own (host.sh), and they share /work, /tmpdir and /users. Compute nodes reach no network but each
-# other; `--online` gives a command on the login node the machine's network and pip's settings.
+# other; `--online` gives a command on the login node the machine's network and pip's settings. n7 … n15 never wake up,
+# but Slurm plans on them (sbatch --test-only).
 #
 # CLUSTER_CACHE (default /var/cache/optuna-turpan-cluster) keeps what was built: 1 GB.
 # CLUSTER_STATE (default /var/lib/optuna-turpan-cluster) is the running cluster: `down` removes it.
@@ -22,7 +23,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export CLUSTER_CACHE=${CLUSTER_CACHE:-/var/cache/optuna-turpan-cluster}
 export CLUSTER_STATE=${CLUSTER_STATE:-/var/lib/optuna-turpan-cluster}
-HOSTS=(controller n1 n2 m1)
+HOSTS=(controller n{1..6} m1)
 ORDINARY_USER=chercheur
 IMAGE=conteneurs/sessions-interactives/pytorch-24.02-py3-calmip-si.sif # below /work
 
@@ -124,29 +125,33 @@ in_host() { # in_host HOST COMMAND…, as root
     nsenter --target "$pid" --net --mount --uts --ipc --pid -- "$@"
 }
 
-# The switch is a process that does nothing, in a network namespace with a bridge: the machine's own network is untouched.
+wait_for_pid() { # wait_for_pid HOST, just started
+    local try
+    for ((try = 0; try < 100; try++)); do
+        pid_of "$1" && return 0
+        sleep 0.1
+    done
+    die "$1 did not start: $(tail -n 3 "$CLUSTER_STATE/$1/console.log")"
+}
+
+is_plugged() { pid_of "$1" >/dev/null && in_host "$1" ip link show eth0 &>/dev/null; }
+
+# The switch is a network namespace with a bridge, and a process that keeps it: the machine's own network is untouched.
 start_switch() {
-    local pid
     mkdir -p "$CLUSTER_STATE/switch"
-    setsid unshare --net sleep infinity </dev/null &>/dev/null &
-    pid=$!
-    until [[ $(readlink "/proc/$pid/ns/net") != $(readlink /proc/self/ns/net) ]]; do sleep 0.05; done
-    echo "$pid $(start_time "$pid")" >"$CLUSTER_STATE/switch/pid"
-    nsenter --target "$pid" --net bash -c 'ip link set lo up; ip link add br0 type bridge; ip link set br0 up'
+    setsid unshare --net bash "$HERE/host.sh" switch </dev/null &>"$CLUSTER_STATE/switch/console.log" &
+    wait_for_pid switch >/dev/null
 }
 
 start_host() { # start_host HOST, unless it runs
-    local name=$1 pid='' switch try
-    ! pid_of "$name" >/dev/null || return 0
+    local name=$1 pid switch
+    is_plugged "$name" && return 0
+    stop_host "$name"
     mkdir -p "$CLUSTER_STATE/$name"
     rm -f "$CLUSTER_STATE/$name/pid"
     setsid unshare --net --mount --uts --ipc --pid --fork bash "$HERE/host.sh" "$name" \
         </dev/null &>>"$CLUSTER_STATE/$name/console.log" &
-    for ((try = 0; try < 100; try++)); do
-        pid=$(pid_of "$name") && break
-        sleep 0.1
-    done
-    [[ -n $pid ]] || die "$name did not start: $(tail -n 3 "$CLUSTER_STATE/$name/console.log")"
+    pid=$(wait_for_pid "$name")
     switch=$(pid_of switch) || die "the cluster is not up."
     nsenter --target "$switch" --net bash -c "
         ip link delete to-$name 2>/dev/null
@@ -243,7 +248,7 @@ broken_locks() {
 
 # pip's settings on this machine, as variables: pip in a container sees neither its files nor its certificates.
 pip_environment() {
-    env | grep '^PIP_' || true
+    env | grep -E '^PIP_(INDEX_URL|PROXY|TRUSTED_HOST|CERT|DEFAULT_TIMEOUT)=' || true
     python3 -m pip config list 2>/dev/null |
         sed -nE "s/^global\.(index-url|proxy|trusted-host|cert)='(.*)'$/\1=\2/p" |
         while IFS='=' read -r key value; do
@@ -253,7 +258,7 @@ pip_environment() {
 }
 
 give_file() { # give_file HOST FILE: the machine's own, at the same place
-    # shellcheck disable=SC2016 # expanded by the shell inside
+    # shellcheck disable=SC2016,SC2094 # expanded by the shell inside; and there it is another file
     in_host "$1" bash -c 'mkdir -p "$(dirname "$0")" && cat >"$0"' "$2" <"$2"
 }
 

@@ -1,0 +1,122 @@
+"""What a trial leaves on disk: its state after each epoch, and at the end its weights.
+
+    losses = checkpoint.load(trial, model, optimizer)     [] for a trial that starts afresh
+    checkpoint.save(trial, model, optimizer, losses)      after each epoch, before trial.report
+
+Everything lies in checkpoints/STUDY_NAME/ beside study.db:
+
+    trial-00012.state.pt      while trial 12 is not finished: model, optimiser, random states,
+                              losses; a trial that was interrupted goes on from here
+    trial-00012.weights.pt    the state_dict of the best trial so far, and nothing else
+
+A file is written under another name, flushed to disk and renamed, so that a reader finds the old
+one or the new one, never half of one.  Only tensors and numbers are stored, and files are read
+with `weights_only=True`: reading one cannot run code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from hpo.settings import Settings
+
+
+def load(
+    trial: optuna.Trial | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> list[float]:
+    """Restore an interrupted trial in place and return the losses of its finished epochs.
+
+    A trial that has no checkpoint is left as it is, and `[]` returned.  Because the random states
+    are restored too, a resumed trial takes the same steps as an uninterrupted one; on a CPU its
+    result is the same to the last bit.
+    """
+    path = _state_path(trial.number) if trial else None
+    if not trial or not path or not path.exists():
+        return []
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["cpu_rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    losses: list[float] = state["losses"]
+    # The process may have died between the checkpoint and the report.
+    known = trial.storage.get_trial(trial._trial_id).intermediate_values
+    for epoch in range(len(losses)):
+        if epoch not in known:
+            trial.report(losses[epoch], epoch)
+    return losses
+
+
+def save(
+    trial: optuna.Trial | None,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses: Sequence[float],
+) -> None:
+    """Write the state of a trial after `len(losses)` epochs; nothing where `trial` is None."""
+    if not trial:
+        return
+    state: dict[str, Any] = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "cpu_rng": torch.get_rng_state(),
+        "losses": list(losses),
+    }
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    _write(state, _state_path(trial.number))
+
+
+def keep_weights(number: int) -> None:
+    """Turn the last checkpoint of a trial into its weights file.
+
+    Called before the trial is told to be complete, so that a best trial always has its weights.
+    An objective that saves no checkpoint has none.
+    """
+    state = _state_path(number)
+    if state.exists():
+        weights = torch.load(state, map_location="cpu", weights_only=True)["model"]
+        _write(weights, weights_path(Settings.from_env(), number))
+
+
+def tidy(study: optuna.Study) -> None:
+    """Remove what finished trials have left, except for the weights of the best one.
+
+    Another worker may be about to finish a better trial: files of unfinished trials stay.
+    """
+    trials = study.get_trials(deepcopy=False)
+    finished = {trial.number for trial in trials if trial.state.is_finished()}
+    complete = any(trial.state == TrialState.COMPLETE for trial in trials)
+    best = study.best_trial.number if complete else None
+    for path in Settings.from_env().checkpoints.glob("trial-*.pt"):
+        match = re.fullmatch(r"trial-(\d+)\.(state|weights)\.pt", path.name)
+        if match and int(match[1]) in finished and (int(match[1]), match[2]) != (best, "weights"):
+            path.unlink(missing_ok=True)
+
+
+def weights_path(settings: Settings, number: int) -> Path:
+    """Return where the weights of trial `number` are, or would be."""
+    return settings.checkpoints / f"trial-{number:05d}.weights.pt"
+
+
+def _state_path(number: int) -> Path:
+    return Settings.from_env().checkpoints / f"trial-{number:05d}.state.pt"
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,156 @@
+"""The environment variables of the bundle, read once and checked here, before a GPU is used.
+
+Every script calls `Settings.from_env()`.  The names are those of the USER CONFIG block in
+run-optuna-multinode_Turpan.sh and of README.txt:
+
+    STUDY_DB       where the study is stored     sqlite:///study.db (in the scripts' folder)
+    STUDY_NAME     its name in that database     mnist_hpo
+    TOTAL_TRIALS   trials in the whole study     500
+    PY_SCRIPT      the script with the objective optuna_mnist.py
+    DIRECTION      minimize or maximize          minimize
+    SAMPLER        see hpo/samplers.py           tpe
+    PRUNER         see hpo/samplers.py           median
+    SEED           of the samplers and models    none: every start is different
+    TRAIN_IMAGES   images that a trial trains on 50000 (fewer for a quick try)
+
+This module imports nothing but the standard library, so that it starts at once on a login node.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+SCRIPTS = Path(__file__).resolve().parent.parent  # code_and_slurm-scripts/
+SQLITE_PREFIX = "sqlite:///"
+SERVER_URLS = ("postgresql", "mysql", "journal", "grpc")  # besides sqlite; see hpo/storage.py
+SAMPLERS = ("tpe", "random", "qmc")
+PRUNERS = ("median", "percentile", "halving", "hyperband", "none")
+DIRECTIONS = ("minimize", "maximize")
+TRAIN_IMAGES = 50_000  # of the 60 000; the other 10 000 are for validation
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one or two lines, exit status 2."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One checked value for every environment variable of the table above."""
+
+    study_db: str  # a URL; for SQLite always with an absolute path
+    study_name: str
+    total_trials: int
+    py_script: str  # file name of the script with the objective
+    direction: str
+    sampler: str
+    pruner: str
+    seed: int | None
+    train_images: int
+    rank: int  # of this worker among the workers of its job: 0, 1, …
+
+    @classmethod
+    def from_env(cls, **overrides: str) -> Settings:
+        """Read the environment; keyword arguments (`STUDY_DB=...`) take precedence over it.
+
+        Raises:
+            UserError: a value is not legal; the message says what is.
+        """
+        env: dict[str, str] = {name: value for name, value in os.environ.items() if value}
+        env.update(overrides)
+        return cls(
+            study_db=_study_url(env.get("STUDY_DB", "sqlite:///study.db")),
+            study_name=_study_name(env.get("STUDY_NAME", "mnist_hpo")),
+            total_trials=_integer(env, "TOTAL_TRIALS", "500", 1),
+            py_script=Path(env.get("PY_SCRIPT", "optuna_mnist.py")).name,
+            direction=_choice(env, "DIRECTION", "minimize", DIRECTIONS),
+            sampler=_choice(env, "SAMPLER", "tpe", SAMPLERS),
+            pruner=_choice(env, "PRUNER", "median", PRUNERS),
+            seed=_integer(env, "SEED", "0", 0) if "SEED" in env else None,
+            train_images=_integer(env, "TRAIN_IMAGES", str(TRAIN_IMAGES), 128, TRAIN_IMAGES),
+            rank=_integer(env, "WORKER_RANK", env.get("SLURM_PROCID", "0"), 0),
+        )
+
+    @property
+    def sqlite_path(self) -> Path | None:
+        """The file of an SQLite study; None where a server keeps the study."""
+        if self.study_db.startswith(SQLITE_PREFIX):
+            return Path(self.study_db[len(SQLITE_PREFIX) :])
+        return None
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this study's checkpoints and weights, beside study.db."""
+        beside = self.sqlite_path.parent if self.sqlite_path else SCRIPTS
+        return beside / "checkpoints" / self.study_name
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Run a script's `main` and exit with its status; 2 and no traceback for a `UserError`."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+def _choice(env: Mapping[str, str], name: str, default: str, legal: tuple[str, ...]) -> str:
+    value = env.get(name, default).lower()
+    if value not in legal:
+        raise UserError(f"{name}={value!r} is unknown; choose one of: {', '.join(legal)}")
+    return value
+
+
+def _integer(
+    env: Mapping[str, str], name: str, default: str, least: int, most: int | None = None
+) -> int:
+    text = env.get(name, default)
+    legal = f"from {least} to {most}" if most else f"of {least} or more"
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        raise UserError(f"{name}={text!r} is not an integer {legal}")
+    if int(text) < least or (most and int(text) > most):
+        raise UserError(f"{name}={text} is out of range; give an integer {legal}")
+    return int(text)
+
+
+def _study_name(text: str) -> str:
+    """A study's name is also the name of its checkpoint folder, so it may hold no slash."""
+    if not re.fullmatch(r"[\w][\w.+-]{0,99}", text):
+        raise UserError(
+            f"STUDY_NAME={text!r} cannot be used; give letters, digits, '_', '-', '.' or '+'"
+        )
+    return text
+
+
+def _study_url(text: str) -> str:
+    scheme = urlsplit(text).scheme.split("+")[0]
+    if text.startswith(SQLITE_PREFIX) and len(text) > len(SQLITE_PREFIX):
+        return _sqlite_url(text)
+    if scheme in SERVER_URLS and "://" in text:
+        return text
+    raise UserError(
+        f"STUDY_DB={text!r} is no URL that can be used here; "
+        "give sqlite:///study.db (or sqlite:////absolute/path/study.db)"
+    )
+
+
+def _sqlite_url(text: str) -> str:
+    """Make the path absolute: relative ones start at the scripts' folder, not at the cwd."""
+    path = SCRIPTS / text[len(SQLITE_PREFIX) :]  # an absolute right-hand side replaces SCRIPTS
+    folder = path.parent
+    if not folder.is_dir():
+        raise UserError(f"STUDY_DB={text!r}: the folder {folder} does not exist; create it first")
+    if path.is_dir():
+        raise UserError(f"STUDY_DB={text!r}: {path} is a folder; name a file in it")
+    # Writable means the folder too: SQLite keeps its rollback journal beside the file.
+    for needed in (folder, path):
+        if needed.exists() and not os.access(needed, os.W_OK):
+            raise UserError(f"STUDY_DB={text!r}: no permission to write {needed}")
+    return f"{SQLITE_PREFIX}{path}"

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# The study on one machine, without Slurm and without a container.
+#
+#   bash run-optuna-local.sh                     real MNIST, TOTAL_TRIALS trials, best model
+#   TOTAL_TRIALS=50 bash run-optuna-local.sh     adds trials to the same study
+#
+# Makes ../.venv if there is none, starts one worker per GPU (without a GPU: one per core, with one
+# thread each), shows the progress, and ends with what check_best_model.py says.  The workers' logs
+# are ../logs/local.RANK.out.  Ctrl-C stops all workers; the same command goes on with the study.
+set -euo pipefail
+
+# ---------- USER CONFIG: EDIT ----------
+export PY_SCRIPT="${PY_SCRIPT:-optuna_mnist.py}"  # the script with your objective
+export STUDY_DB="${STUDY_DB:-sqlite:///study.db}" # relative to this folder
+export STUDY_NAME="${STUDY_NAME:-mnist_hpo}"
+export TOTAL_TRIALS="${TOTAL_TRIALS:-8}" # in the whole study, over all runs
+export SAMPLER="${SAMPLER:-tpe}"         # see README.txt
+export PRUNER="${PRUNER:-median}"
+export SEED="${SEED:-6}" # the same first trials on every machine; empty: never the same
+# ---------------------------------------
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source code_and_slurm-scripts/hpo/venv.sh
+make_venv .venv run
+python=$PWD/.venv/bin/python
+logs=$PWD/logs
+cd code_and_slurm-scripts
+"$python" init_optuna_db.py
+
+gpus=0
+if command -v nvidia-smi >/dev/null; then
+    gpus=$(nvidia-smi --list-gpus | wc -l)
+fi
+workers=$((gpus > 0 ? gpus : $(nproc)))
+if ((gpus == 0)); then
+    export OMP_NUM_THREADS=1 # two workers of one thread beat one worker of two
+fi
+
+echo "Starting $workers workers ($gpus GPUs); logs: $logs/local.RANK.out"
+pids=()
+# shellcheck disable=SC2329 # called by the trap below
+stop() {
+    trap '' INT TERM
+    echo "Stopping; the running trials go back to the queue …"
+    kill -TERM "${pids[@]}" "$watch" 2>/dev/null || true
+    wait "${pids[@]}" || true
+    echo "Stopped. The same command goes on with the study."
+    exit 130
+}
+"$python" check_best_model.py --watch &
+watch=$!
+trap stop INT TERM
+for ((rank = 0; rank < workers; rank++)); do
+    # With Ctrl-C the terminal signals this script, which then ends the workers.
+    device=$((gpus > 0 ? rank % gpus : -1))
+    WORKER_RANK=$rank CUDA_VISIBLE_DEVICES=$device \
+        "$python" "$PY_SCRIPT" >>"$logs/local.$rank.out" 2>&1 &
+    pids+=("$!")
+done
+
+status=0
+for pid in "${pids[@]}"; do
+    wait "$pid" || status=$?
+done
+kill "$watch" 2>/dev/null || true
+wait "$watch" 2>/dev/null || true
+if ((status != 0)); then
+    echo "A worker ended with status $status; the reason is at the end of its log in $logs" >&2
+fi
+"$python" check_best_model.py
+exit "$status"

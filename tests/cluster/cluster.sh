@@ -15,6 +15,7 @@
 # other; `--online` gives a command on the login node the machine's network and pip's settings. n7 … n15 never wake up,
 # but Slurm plans on them (sbatch --test-only).
 #
+# Exit status 3: this machine cannot play a cluster (not root, no overlay or fuse or namespaces); 1: any other failure.
 # CLUSTER_CACHE (default /var/cache/optuna-turpan-cluster) keeps what was built: 1 GB.
 # CLUSTER_STATE (default /var/lib/optuna-turpan-cluster) is the running cluster: `down` removes it.
 
@@ -32,6 +33,11 @@ die() {
     exit 1
 }
 
+cannot() { # no fault of the cluster: this machine is of another kind
+    echo "cluster.sh: cannot run here: $*" >&2
+    exit 3
+}
+
 phase() { # phase WHAT COMMAND…: runs it and prints how long it took
     local what=$1 start=$SECONDS
     shift
@@ -42,21 +48,21 @@ phase() { # phase WHAT COMMAND…: runs it and prints how long it took
 # ---------- can it run here? ----------
 
 check_machine() {
-    ((EUID == 0)) || die "needs root: it makes hosts out of namespaces."
-    [[ -n $(apt-get indextargets 2>/dev/null) ]] || die "needs a Debian machine: its packages come through apt-get."
+    ((EUID == 0)) || cannot "needs root: it makes hosts out of namespaces."
+    [[ -n $(apt-get indextargets 2>/dev/null) ]] || cannot "needs a Debian machine: its packages come through apt-get."
     local type
     for type in overlay fuse; do
-        grep -qw "$type" /proc/filesystems || die "this kernel has no $type file system, and the hosts need one."
+        grep -qw "$type" /proc/filesystems || cannot "this kernel has no $type file system, and the hosts need one."
     done
     [[ $(</proc/sys/user/max_user_namespaces) -gt 0 ]] ||
-        die "user namespaces are switched off (user.max_user_namespaces), and apptainer without setuid needs them."
+        cannot "user namespaces are switched off (user.max_user_namespaces), and apptainer without setuid needs them."
     unshare --net --mount --uts --ipc --pid --fork true 2>/dev/null ||
-        die "this machine lets root make no namespaces (a container?), and the hosts are made of them."
+        cannot "this machine lets root make no namespaces (a container?), and the hosts are made of them."
 }
 
 check_network() { # needs ip, so after the packages
     unshare --net bash -c 'ip link add type bridge && ip link add type veth' 2>/dev/null ||
-        die "this kernel has no bridge or no veth devices, and the hosts' network needs them."
+        cannot "this kernel has no bridge or no veth devices, and the hosts' network needs them."
 }
 
 install_packages() {
@@ -195,7 +201,8 @@ wait_idle() { # wait_idle HOST: Slurm will give it work
     local try state=''
     for ((try = 0; try < 150; try++)); do
         state=$(in_host controller sinfo --noheader --format=%T --nodes="$1" 2>/dev/null | head -n 1) || true
-        [[ $state =~ ^(idle|mixed|allocated)$ ]] && return 0
+        # Of a node that died and came back within seconds Slurm knows only the good news: ask the node, too.
+        [[ $state =~ ^(idle|mixed|allocated)$ ]] && in_host "$1" scontrol show slurmd &>/dev/null && return 0
         sleep 0.2
     done
     die "$1 is '$state' after 30 s; see $CLUSTER_STATE/$1/upper/var/log/slurm/slurmd.log"
@@ -227,20 +234,23 @@ crash() {
 restart() {
     crash "$@"
     start_host "$1"
-    if [[ $1 != controller ]]; then wait_idle "$1"; fi
+    [[ $1 == controller ]] || wait_idle "$1"
 }
 
+# bindfs passes no locks on: each host's kernel then keeps them for itself. A host that starts later reads the flag.
 broken_locks() {
-    local host folder how=${1:-}
+    local host folder how=${1:-} flag=$CLUSTER_STATE/broken-locks was=off
     [[ $how == on || $how == off ]] || die "broken-locks on or off?"
+    [[ ! -e $flag ]] || was=on
+    [[ $how != "$was" ]] || return 0
+    if [[ $how == on ]]; then touch "$flag"; else rm "$flag"; fi
     for host in "${HOSTS[@]}"; do
+        is_plugged "$host" || continue
         for folder in work tmpdir users; do
-            # A mount that is still there from before would be hidden, not replaced.
-            while in_host "$host" umount -l "/$folder" 2>/dev/null; do :; done
             if [[ $how == on ]]; then
-                in_host "$host" bindfs -o "allow_other,attr_timeout=0,entry_timeout=0" "/srv/$folder" "/$folder"
+                in_host "$host" bindfs -o allow_other,nonempty,attr_timeout=0,entry_timeout=0 "/srv/$folder" "/$folder"
             else
-                in_host "$host" mount --bind "/srv/$folder" "/$folder"
+                in_host "$host" umount -l "/$folder" # a process may be in it
             fi
         done
     done

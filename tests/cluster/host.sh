@@ -61,6 +61,8 @@ mount_shared() {
     for folder in work tmpdir users; do
         mount --bind "$STATE/shared/$folder" "$ROOT/srv/$folder"
         mount --bind "$ROOT/srv/$folder" "$ROOT/$folder"
+        [[ ! -e $STATE/broken-locks ]] ||
+            chroot "$ROOT" bindfs -o allow_other,nonempty,attr_timeout=0,entry_timeout=0 "/srv/$folder" "/$folder"
     done
 }
 

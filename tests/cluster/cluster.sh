@@ -159,11 +159,10 @@ start_host() { # start_host HOST, unless it runs
         </dev/null &>>"$CLUSTER_STATE/$name/console.log" &
     pid=$(wait_for_pid "$name")
     switch=$(pid_of switch) || die "the cluster is not up."
+    # One command: an `up` that is killed here leaves a cable that is plugged in at both ends, or none.
     nsenter --target "$switch" --net bash -c "
         ip link delete to-$name 2>/dev/null
-        set -e
-        ip link add to-$name type veth peer name eth0 netns $pid
-        ip link set to-$name master br0 up"
+        ip link add to-$name up master br0 type veth peer name eth0 netns $pid"
 }
 
 stop_host() { # SIGKILL to its first process: the kernel ends all others of its PID namespace with it

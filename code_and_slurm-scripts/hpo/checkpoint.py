@@ -20,13 +20,15 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
-import torch
 from optuna.trial import TrialState
 
 from hpo.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 
 def load(
@@ -41,6 +43,8 @@ def load(
     path = _state_path(trial.number) if trial else None
     if not trial or not path or not path.exists():
         return []
+    import torch
+
     state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -65,6 +69,8 @@ def save(
     """Write the state of a trial after `len(losses)` epochs; nothing where `trial` is None."""
     if not trial:
         return
+    import torch
+
     state: dict[str, Any] = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -84,6 +90,8 @@ def keep_weights(number: int) -> None:
     """
     state = _state_path(number)
     if state.exists():
+        import torch
+
         weights = torch.load(state, map_location="cpu", weights_only=True)["model"]
         _write(weights, weights_path(Settings.from_env(), number))
 
@@ -113,6 +121,8 @@ def _state_path(number: int) -> Path:
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
+    import torch
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
     with temporary.open("wb") as file:

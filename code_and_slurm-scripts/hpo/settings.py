@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 SCRIPTS = Path(__file__).resolve().parent.parent  # code_and_slurm-scripts/
 SQLITE_PREFIX = "sqlite:///"
 SERVER_URLS = ("postgresql", "mysql", "journal", "grpc")  # besides sqlite; see hpo/storage.py
-SAMPLERS = ("tpe", "random", "qmc")
+SAMPLERS = ("tpe", "random")
 PRUNERS = ("median", "percentile", "halving", "hyperband", "none")
 DIRECTIONS = ("minimize", "maximize")
 TRAIN_IMAGES = 50_000  # of the 60 000; the other 10 000 are for validation

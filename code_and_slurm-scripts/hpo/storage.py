@@ -17,7 +17,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 
-from hpo.settings import Settings, UserError
+from hpo.settings import SCRIPTS, Settings, UserError
 
 SQLITE_HEADER = b"SQLite format 3\0"
 BUSY_TIMEOUT = 60.0  # seconds that SQLite waits for another worker's lock
@@ -73,7 +73,8 @@ def open_storage(settings: Settings) -> BaseStorage:
     if scheme == "journal":
         from optuna.storages.journal import JournalFileBackend
 
-        return JournalStorage(JournalFileBackend(rest))
+        path = SCRIPTS / rest.removeprefix("/")  # relative to the scripts' folder, like sqlite:///
+        return JournalStorage(JournalFileBackend(str(path)))
     if scheme == "grpc":
         return _grpc_storage(rest)
     try:

@@ -31,6 +31,7 @@ from typing import TypeAlias
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo import checkpoint
 from hpo.samplers import make_pruner, make_sampler, sampler_seed
 from hpo.settings import Settings
 from hpo.storage import create_or_open_study
@@ -153,8 +154,6 @@ def run_trial(
 def _finish(
     study: optuna.Study, trial: optuna.Trial, state: TrialState, value: float | None
 ) -> None:
-    from hpo import checkpoint  # imports torch, which the objective has done by now
-
     if state == TrialState.WAITING:
         # The same trial, with its parameters and its reports: the next worker goes on with it.
         study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)

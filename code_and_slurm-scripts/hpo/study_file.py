@@ -46,9 +46,7 @@ LEASES = (
 # One thread at a time, for all studies of the process. Taken around fork() as well, so that a
 # child never inherits a half-done transaction, which it would roll back in the parent's file.
 LOCK = threading.RLock()
-os.register_at_fork(
-    before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release
-)
+os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 _inherited: list[sqlite3.Connection] = []  # a parent's connections: kept, because closing acts
 
 
@@ -69,7 +67,7 @@ class DiskFull(StudyFileError):
 
 
 def explain(error: sqlite3.Error, path: str) -> Exception:
-    """Return SQLite's error in the user's terms (Python 3.10 has no error codes: go by the text)."""
+    """Return SQLite's error in the user's terms (by its text: Python 3.10 has no codes)."""
     text = str(error)
     if "not a database" in text or "malformed" in text:
         return CorruptStudy(f"{path} is damaged ({text}). It was left as it is: restore a backup.")

@@ -105,6 +105,10 @@ class SQLiteStorage(tables.Studies):
         """Close the connection to the file; the next use opens another."""
         self.file.close()
 
+    def backup(self, target: str | os.PathLike[str], max_age: float = 60.0) -> bool:
+        """Copy the study's file unless the copy is younger than that; see StudyFile.backup."""
+        return self.file.backup(target, max_age)
+
     # ---- claim, renew, return --------------------------------------------------------------
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
@@ -114,9 +118,7 @@ class SQLiteStorage(tables.Studies):
         `total_trials`, whatever else happens at the same time. Raises KeyError without a study.
         """
         if self.total_trials is not None and study_id in self._caches:
-            self._check_budget(
-                self._caches[study_id].count()
-            )  # known already: no need for the lock
+            self._check_budget(self._caches[study_id].count())  # no need to ask for the lock
         trial = copy.deepcopy(template_trial) or tables.new_trial(datetime.now())
         with LOCK:
             with self.file.write() as db:

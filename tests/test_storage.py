@@ -66,13 +66,19 @@ def test_study_of_another_objective_is_refused(
     assert own_study.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"not a database, but someone's notes\n"])
-def test_file_that_is_no_database_is_left_alone(content: bytes, own_study: Path, run: Run) -> None:
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "is empty"), (b"not a database, but someone's notes\n", "file is not a database")],
+)
+def test_file_that_is_no_database_is_left_alone(
+    content: bytes, says: str, own_study: Path, run: Run
+) -> None:
     own_study.write_bytes(content)
     for script in ("init_optuna_db.py", "check_best_model.py"):
         result = run(script)
         assert result.returncode == 2
-        assert "is not an SQLite database" in result.stderr
+        assert says in result.stderr
+        assert "It was left as it is" in result.stderr
         assert "Traceback" not in result.stderr
     assert own_study.read_bytes() == content
 
@@ -97,3 +103,32 @@ def test_journal_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STUDY_DB", f"journal:///{tmp_path}/study.journal")
     create_or_open_study(Settings.from_env())
     assert open_study(Settings.from_env()).study_name == "mnist_hpo"
+
+
+def test_damaged_study_is_named_with_its_backup(own_study: Path, run: Run) -> None:
+    study = create_or_open_study(Settings.from_env())
+    study._storage.remove_session()
+    backup = own_study.with_name("study.db.backup")
+    backup.write_bytes(own_study.read_bytes())
+    damaged = bytearray(own_study.read_bytes())
+    damaged[5000:9000] = bytes(4000)
+    own_study.write_bytes(damaged)
+    result = run("init_optuna_db.py")
+    assert result.returncode == 2
+    assert f"{own_study} is damaged" in result.stderr
+    assert f"its last backup is {backup}" in result.stderr
+    assert own_study.read_bytes() == damaged
+
+
+def test_init_returns_the_trials_of_a_job_that_has_left_the_queue(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "100")
+    study = create_or_open_study(Settings.from_env())
+    study.ask().suggest_float("x", 0, 1)  # and the job dies
+    monkeypatch.setenv("SLURM_JOB_ID", "101")
+    assert "goes back" not in run("init_optuna_db.py", ALIVE_JOBS="100 101").stdout
+    assert "trial 0 of a job that has ended goes back to the queue" in (
+        run("init_optuna_db.py", ALIVE_JOBS="101").stdout
+    )
+    assert [trial.state.name for trial in study.get_trials()] == ["WAITING"]

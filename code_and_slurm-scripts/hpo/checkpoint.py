@@ -1,7 +1,7 @@
 """What a trial leaves on disk: its state after each epoch, and at the end its weights.
 
     losses = checkpoint.load(trial, model, optimizer)     [] for a trial that starts afresh
-    checkpoint.save(trial, model, optimizer, losses)      after each epoch, before trial.report
+    checkpoint.save(trial, model, optimizer, losses)      after each epoch, behind trial.report
 
 Everything lies in checkpoints/STUDY_NAME/ beside study.db:
 
@@ -52,11 +52,6 @@ def load(
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
     losses: list[float] = state["losses"]
-    # The process may have died between the checkpoint and the report.
-    known = trial.storage.get_trial(trial._trial_id).intermediate_values
-    for epoch in range(len(losses)):
-        if epoch not in known:
-            trial.report(losses[epoch], epoch)
     return losses
 
 
@@ -66,7 +61,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     losses: Sequence[float],
 ) -> None:
-    """Write the state of a trial after `len(losses)` epochs; nothing where `trial` is None."""
+    """Write the state of a trial after `len(losses)` epochs; nothing where `trial` is None.
+
+    Report first: a worker that was frozen, and whose trial another worker goes on with, is told
+    so by `trial.report`, and then does not overwrite the other's checkpoint.
+    """
     if not trial:
         return
     import torch

@@ -80,6 +80,10 @@ class Leases:
         tables.finish(db, trial_id, TrialState.FAIL)
         return TrialState.FAIL
 
+    def count(self, file: StudyFile, study_id: int) -> int:
+        """Return how many leases of a study somebody holds."""
+        return len(file.read(RUNNING, (study_id,)))
+
     def find_stale(
         self, file: StudyFile, study_id: int, alive_jobs: Collection[str] | None
     ) -> list[Lease]:

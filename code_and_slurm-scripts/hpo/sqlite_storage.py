@@ -200,6 +200,10 @@ class SQLiteStorage(tables.Studies):
         stale = self._leases.find_stale(self.file, study_id, alive_jobs)
         return [lease.number for lease in stale if self._leases.take_back(self.file, lease)]
 
+    def count_leases(self, study_id: int) -> int:
+        """Return how many trials of the study are running under a lease, here or elsewhere."""
+        return self._leases.count(self.file, study_id)
+
     # ---- writes of the trial's holder ------------------------------------------------------
 
     def _begin_change(self, db: sqlite3.Connection, trial_id: int) -> None:

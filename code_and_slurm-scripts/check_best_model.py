@@ -30,6 +30,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.checkpoint import weights_path
 from hpo.settings import SCRIPTS, Settings, run_script
 from hpo.storage import open_study
 
@@ -89,7 +90,7 @@ def print_best(study: optuna.Study) -> None:
 
 def print_test_scores(study: optuna.Study, settings: Settings) -> None:
     """Score the best weights with the `test_model` function of the study's own script."""
-    path = settings.checkpoints / f"trial-{study.best_trial.number:05d}.weights.pt"
+    path = weights_path(settings, study.best_trial.number)
     script = Path(study.user_attrs.get("py_script", settings.py_script)).stem
     if not path.exists():
         print(f"test score: the weights of the best trial are not here ({path})")

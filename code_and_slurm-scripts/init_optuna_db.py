@@ -19,6 +19,7 @@ import sys
 
 from hpo import mnist
 from hpo.settings import Settings, UserError, run_script
+from hpo.sqlite_storage import SQLiteStorage
 from hpo.storage import create_or_open_study
 
 
@@ -31,6 +32,11 @@ def main() -> int:
     if settings.py_script == "optuna_mnist.py":  # a script of your own prepares its own data
         mnist.prepare()
     study = create_or_open_study(settings)
+    if isinstance(study._storage, SQLiteStorage):
+        # Jobs that have left Slurm's queue hold nothing any more; other workers have a grace.
+        alive = settings.alive_jobs
+        for number in study._storage.return_stale_trials(study._study_id, alive_jobs=alive):
+            print(f"trial {number} of a job that has ended goes back to the queue")
     print(
         f"study {study.study_name} is ready in {settings.study_db} "
         f"({len(study.get_trials(deepcopy=False))} of {settings.total_trials} trials)"

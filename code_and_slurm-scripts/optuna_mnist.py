@@ -14,7 +14,7 @@ Then `python check_best_model.py` shows the best model.
 
 To optimise a model of your own, copy this file (my_model.py), edit the four parts below, and
 submit with PY_SCRIPT=my_model.py STUDY_NAME=my_study.  Keep the three calls that make a trial
-visible to Optuna after each epoch (checkpoint.save, trial.report, trial.should_prune).
+visible to Optuna after each epoch (trial.report, checkpoint.save, trial.should_prune).
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def train_model(config: dict[str, Any], trial: optuna.Trial | None = None) -> fl
         loss, _ = evaluate(model, validation)
         losses.append(loss)
         if trial:
-            checkpoint.save(trial, model, optimizer, losses)
             trial.report(loss, epoch)
+            checkpoint.save(trial, model, optimizer, losses)
             if trial.should_prune():
                 raise optuna.TrialPruned
     return losses[-1]

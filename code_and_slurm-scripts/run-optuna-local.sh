@@ -16,7 +16,7 @@ export STUDY_NAME="${STUDY_NAME:-mnist_hpo}"
 export TOTAL_TRIALS="${TOTAL_TRIALS:-8}" # in the whole study, over all runs
 export SAMPLER="${SAMPLER:-tpe}"         # see README.txt
 export PRUNER="${PRUNER:-median}"
-export SEED="${SEED:-6}" # the same first trials on every machine; empty: never the same
+export SEED="${SEED-6}" # the same first trials on every machine; empty: never the same
 # ---------------------------------------
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

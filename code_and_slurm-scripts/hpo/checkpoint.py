@@ -1,7 +1,7 @@
 """What a trial leaves on disk: its state after each epoch, and at the end its weights.
 
     losses = checkpoint.load(trial, model, optimizer)     [] for a trial that starts afresh
-    checkpoint.save(trial, model, optimizer, losses)      after each epoch, before trial.report
+    checkpoint.save(trial, model, optimizer, losses)      after each epoch, behind trial.report
 
 Everything lies in checkpoints/STUDY_NAME/ beside study.db:
 
@@ -20,13 +20,15 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
-import torch
 from optuna.trial import TrialState
 
 from hpo.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 
 def load(
@@ -41,6 +43,8 @@ def load(
     path = _state_path(trial.number) if trial else None
     if not trial or not path or not path.exists():
         return []
+    import torch
+
     state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -48,11 +52,6 @@ def load(
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
     losses: list[float] = state["losses"]
-    # The process may have died between the checkpoint and the report.
-    known = trial.storage.get_trial(trial._trial_id).intermediate_values
-    for epoch in range(len(losses)):
-        if epoch not in known:
-            trial.report(losses[epoch], epoch)
     return losses
 
 
@@ -62,9 +61,15 @@ def save(
     optimizer: torch.optim.Optimizer,
     losses: Sequence[float],
 ) -> None:
-    """Write the state of a trial after `len(losses)` epochs; nothing where `trial` is None."""
+    """Write the state of a trial after `len(losses)` epochs; nothing where `trial` is None.
+
+    Report first: a worker that was frozen, and whose trial another worker goes on with, is told
+    so by `trial.report`, and then does not overwrite the other's checkpoint.
+    """
     if not trial:
         return
+    import torch
+
     state: dict[str, Any] = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -84,6 +89,8 @@ def keep_weights(number: int) -> None:
     """
     state = _state_path(number)
     if state.exists():
+        import torch
+
         weights = torch.load(state, map_location="cpu", weights_only=True)["model"]
         _write(weights, weights_path(Settings.from_env(), number))
 
@@ -113,6 +120,8 @@ def _state_path(number: int) -> Path:
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
+    import torch
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
     with temporary.open("wb") as file:

@@ -25,8 +25,6 @@ def make_sampler(name: str, seed: int | None) -> BaseSampler:
     makers: dict[str, Callable[[], BaseSampler]] = {
         "tpe": lambda: samplers.TPESampler(seed=seed),
         "random": lambda: samplers.RandomSampler(seed=seed),
-        # The workers walk along one Sobol sequence together, so all of them need the same seed.
-        "qmc": lambda: samplers.QMCSampler(seed=0, warn_independent_sampling=False),
     }
     return makers[name]()
 

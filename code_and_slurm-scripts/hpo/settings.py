@@ -12,6 +12,10 @@ run-optuna-multinode_Turpan.sh and of README.txt:
     PRUNER         see hpo/samplers.py           median
     SEED           of the samplers and models    none: every start is different
     TRAIN_IMAGES   images that a trial trains on 50000 (fewer for a quick try)
+    LEASE_GRACE    seconds without a sign of life after which a trial goes back to the queue  60
+
+The launch scripts set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix seconds)
+and ALIVE_JOBS (the user's jobs in Slurm's queue).
 
 This module imports nothing but the standard library, so that it starts at once on a login node.
 """
@@ -30,7 +34,7 @@ from urllib.parse import urlsplit
 SCRIPTS = Path(__file__).resolve().parent.parent  # code_and_slurm-scripts/
 SQLITE_PREFIX = "sqlite:///"
 SERVER_URLS = ("postgresql", "mysql", "journal", "grpc")  # besides sqlite; see hpo/storage.py
-SAMPLERS = ("tpe", "random", "qmc")
+SAMPLERS = ("tpe", "random")
 PRUNERS = ("median", "percentile", "halving", "hyperband", "none")
 DIRECTIONS = ("minimize", "maximize")
 TRAIN_IMAGES = 50_000  # of the 60 000; the other 10 000 are for validation
@@ -53,7 +57,11 @@ class Settings:
     pruner: str
     seed: int | None
     train_images: int
+    lease_grace: float  # seconds
     rank: int  # of this worker among the workers of its job: 0, 1, …
+    job_id: str  # of Slurm; "" outside of it
+    job_end: float  # Unix seconds; infinite where nothing ends the job
+    alive_jobs: frozenset[str] | None  # ids; None where nobody asked Slurm
 
     @classmethod
     def from_env(cls, **overrides: str) -> Settings:
@@ -74,7 +82,11 @@ class Settings:
             pruner=_choice(env, "PRUNER", "median", PRUNERS),
             seed=_integer(env, "SEED", "0", 0) if "SEED" in env else None,
             train_images=_integer(env, "TRAIN_IMAGES", str(TRAIN_IMAGES), 128, TRAIN_IMAGES),
+            lease_grace=float(_integer(env, "LEASE_GRACE", "60", 1)),
             rank=_integer(env, "WORKER_RANK", env.get("SLURM_PROCID", "0"), 0),
+            job_id=env.get("SLURM_JOB_ID", ""),
+            job_end=float(env.get("SLURM_JOB_END_TIME", "inf")),
+            alive_jobs=frozenset(env["ALIVE_JOBS"].split()) if "ALIVE_JOBS" in env else None,
         )
 
     @property

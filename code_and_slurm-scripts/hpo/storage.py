@@ -3,24 +3,25 @@
     study = create_or_open_study(settings)    init_optuna_db.py and the workers
     study = open_study(settings)              check_best_model.py: never creates anything
 
-A study remembers which script's objective it belongs to (user attribute `py_script`) and its
-direction; a worker with another objective is refused rather than allowed to mix two searches.
+sqlite:/// is the bundle's own storage (sqlite_storage.py); postgresql://, mysql://, journal:///
+and grpc:// are Optuna's.  A study remembers which script's objective it belongs to (user attribute
+`py_script`) and its direction: another objective is refused rather than mixed into the search.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 
-from hpo.settings import Settings, UserError
-
-SQLITE_HEADER = b"SQLite format 3\0"
-BUSY_TIMEOUT = 60.0  # seconds that SQLite waits for another worker's lock
+from hpo.settings import SCRIPTS, Settings, UserError
+from hpo.sqlite_storage import SQLiteStorage
+from hpo.study_file import StudyFileError, create_study_file
 
 
 def create_or_open_study(settings: Settings) -> Study:
@@ -32,9 +33,11 @@ def create_or_open_study(settings: Settings) -> Study:
         UserError: the database cannot be used, or holds that study with another direction or
             objective.
     """
-    if settings.sqlite_path and not settings.sqlite_path.exists():
-        _create_sqlite_file(settings, settings.sqlite_path)
-    return _add_study(open_storage(settings), settings)
+    path = settings.sqlite_path
+    with clear_errors(settings):
+        if path and not path.exists():
+            create_study_file(str(path), settings.study_name, [settings.direction])
+        return _add_study(open_storage(settings), settings)
 
 
 def open_study(settings: Settings) -> Study:
@@ -48,38 +51,56 @@ def open_study(settings: Settings) -> Study:
             f"there is no study yet: {settings.sqlite_path} does not exist; "
             "start workers first, or set STUDY_DB"
         )
-    storage = open_storage(settings)
-    names = optuna.get_all_study_names(storage=storage)
-    if settings.study_name not in names:
-        known = ", ".join(sorted(names)) or "none"
-        raise UserError(
-            f"STUDY_NAME={settings.study_name!r} is not in {settings.study_db}; "
-            f"studies there: {known}"
-        )
-    return optuna.load_study(study_name=settings.study_name, storage=storage)
+    with clear_errors(settings):
+        storage = open_storage(settings)
+        names = optuna.get_all_study_names(storage=storage)
+        if settings.study_name in names:
+            return optuna.load_study(study_name=settings.study_name, storage=storage)
+    known = ", ".join(sorted(names)) or "none"
+    raise UserError(
+        f"STUDY_NAME={settings.study_name!r} is not in {settings.study_db}; studies there: {known}"
+    )
 
 
 def open_storage(settings: Settings) -> BaseStorage:
-    """Return the storage behind STUDY_DB.
-
-    Raises:
-        UserError: it cannot be reached, or its file is no database.
-    """
+    """Return the storage behind STUDY_DB; raises UserError if it needs what is not there."""
     scheme, _, rest = settings.study_db.partition("://")
     if settings.sqlite_path:
-        _refuse_other_file(settings.sqlite_path)
-        options = {"connect_args": {"timeout": BUSY_TIMEOUT}}
-        return RDBStorage(settings.study_db, engine_kwargs=options)
+        return SQLiteStorage(
+            settings.sqlite_path,
+            owner=f"worker {settings.rank} on {os.uname().nodename}",
+            job_id=settings.job_id,
+            total_trials=settings.total_trials,
+            grace=settings.lease_grace,
+        )
     if scheme == "journal":
         from optuna.storages.journal import JournalFileBackend
 
-        return JournalStorage(JournalFileBackend(rest))
+        path = SCRIPTS / rest.removeprefix("/")  # relative to the scripts' folder, like sqlite:///
+        return JournalStorage(JournalFileBackend(str(path)))
     if scheme == "grpc":
         return _grpc_storage(rest)
     try:
         return RDBStorage(settings.study_db)
     except Exception as error:  # the driver is missing, or nobody answers: both are the user's
         raise UserError(f"STUDY_DB={settings.study_db!r} cannot be opened: {error}") from error
+
+
+@contextmanager
+def clear_errors(settings: Settings) -> Iterator[None]:
+    """Turn what can be wrong with the study's file into one clear line."""
+    try:
+        yield
+    except StudyFileError as error:
+        backup = backup_path(settings)
+        hint = f"; its last backup is {backup}" if backup and backup.exists() else ""
+        raise UserError(f"{error}{hint}") from error
+
+
+def backup_path(settings: Settings) -> Path | None:
+    """Return where the copy of an SQLite study is kept while workers run, beside study.db."""
+    path = settings.sqlite_path
+    return path.with_name(f"{path.name}.backup") if path else None
 
 
 def _grpc_storage(address: str) -> BaseStorage:
@@ -92,44 +113,6 @@ def _grpc_storage(address: str) -> BaseStorage:
         raise UserError(
             f"STUDY_DB='grpc://{address}' needs two more packages: pip install grpcio protobuf"
         ) from error
-
-
-def _refuse_other_file(path: Path) -> None:
-    """Stop at a file that is no SQLite database before any library touches it."""
-    try:
-        with path.open("rb") as file:
-            header = file.read(len(SQLITE_HEADER))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if header != SQLITE_HEADER:
-        raise UserError(
-            f"{path} is not an SQLite database, so it was left as it is; "
-            "move it away or set STUDY_DB to another file"
-        )
-
-
-def _create_sqlite_file(settings: Settings, path: Path) -> None:
-    """Make the database with its study under another name, then give it its name in one step.
-
-    Several workers that create tables in one file at the same time disturb each other (28 of 32
-    crashed).  link() fails if another process was faster, and needs no lock, so it also works
-    where the file system's locks do not hold between nodes.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.new-")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        storage = RDBStorage(f"sqlite:///{temporary}")
-        _add_study(storage, settings)
-        storage.engine.dispose()
-        temporary.chmod(0o644)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        pass  # another process has just made it: use that one
-    finally:
-        temporary.unlink()
 
 
 def _add_study(storage: BaseStorage, settings: Settings) -> Study:

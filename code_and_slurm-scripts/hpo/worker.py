@@ -5,9 +5,10 @@
 How a worker ends, and with which exit status:
 
     0  the study has its TOTAL_TRIALS trials, or the worker was asked to stop:
-       SIGUSR1           finish the epoch, give the trial back to the queue
-       SIGTERM, Ctrl-C   give the trial back at once (the epoch that was running is lost)
-    1  three trials in a row failed and none has succeeded: the objective itself is broken
+       SIGUSR1, or the job's end is near   finish the epoch, give the trial back to the queue
+       SIGTERM, Ctrl-C                     give it back at once (the running epoch is lost)
+    1  three trials in a row failed and none has succeeded: the objective itself is broken;
+       or study.db cannot be written (disk full, …): the trial goes back to the queue
     2  a setting is wrong (hpo/settings.py)
 
 One bad trial (out of memory, a loss that is no number, an exception) is recorded as FAIL with the
@@ -20,65 +21,31 @@ import gc
 import logging
 import math
 import os
-import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TypeAlias
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
 
+from hpo import checkpoint
+from hpo.drain import Drain, Drained, DrainingPruner
 from hpo.samplers import make_pruner, make_sampler, sampler_seed
 from hpo.settings import Settings
+from hpo.sqlite_storage import NoTrialLeft, SQLiteStorage
 from hpo.storage import create_or_open_study
+from hpo.study_file import StudyFileError
+from hpo.upkeep import Upkeep
 
 Objective: TypeAlias = Callable[[optuna.Trial], float]
 FAILURES_IN_A_ROW = 3  # without any success: then it is not the parameters, it is the objective
+POLL_SECONDS = 1.0  # while other workers run the last trials
 
 log = logging.getLogger("hpo.worker")
-
-
-class Drained(BaseException):
-    """The trial that is running goes back to the queue.
-
-    Not an `Exception`, so that no `except Exception` in an objective can swallow it.
-    """
-
-
-class Drain:
-    """Whether this worker has been asked to stop, and whether it may be interrupted just now."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.in_objective = False
-        signal.signal(signal.SIGUSR1, self._finish_epoch)
-        signal.signal(signal.SIGTERM, self._stop_now)
-        signal.signal(signal.SIGINT, self._stop_now)
-
-    def _finish_epoch(self, signum: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-    def _stop_now(self, signum: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if self.in_objective:  # elsewhere the worker is at the database: let it finish that
-            self.in_objective = False
-            raise Drained
-
-
-class DrainingPruner(optuna.pruners.BasePruner):
-    """The study's pruner, asked after each epoch: the moment to stop without losing anything."""
-
-    def __init__(self, pruner: optuna.pruners.BasePruner, drain: Drain) -> None:
-        self._pruner = pruner
-        self._drain = drain
-
-    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        if self._drain.requested:
-            raise Drained
-        return self._pruner.prune(study, trial)
 
 
 def run_worker(objective: Objective) -> int:
@@ -89,81 +56,132 @@ def run_worker(objective: Objective) -> int:
     """
     settings = Settings.from_env(PY_SCRIPT=Path(objective.__code__.co_filename).name)
     _log_to_stdout(settings)
-    drain = Drain()
+    drain = Drain(settings.job_end)
     study = create_or_open_study(settings)
-    started = len(study.get_trials(deepcopy=False))
+    trials = len(study.get_trials(deepcopy=False))
     study.sampler = make_sampler(
-        settings.sampler, sampler_seed(settings.seed, settings.rank, started)
+        settings.sampler, sampler_seed(settings.seed, settings.rank, trials)
     )
     study.pruner = DrainingPruner(make_pruner(settings.pruner), drain)
+    try:
+        with Upkeep(study, settings) as upkeep:
+            return _run_trials(study, settings, objective, drain, upkeep)
+    except StudyFileError as error:
+        log.error("%s", error)
+        return 1
+
+
+def _run_trials(
+    study: optuna.Study, settings: Settings, objective: Objective, drain: Drain, upkeep: Upkeep
+) -> int:
     failures, successes = 0, 0
-    while not drain.requested:
-        trial = claim(study, settings.total_trials)
-        if trial is None:
-            log.info("the study has its %d trials", settings.total_trials)
-            break
+    while (trial := claim(study, settings.total_trials, drain)) is not None:
+        upkeep.trial_id = trial._trial_id
         state = run_trial(study, trial, objective, drain)
+        upkeep.trial_id = None
         failures = failures + 1 if state == TrialState.FAIL else 0
         successes += state in (TrialState.COMPLETE, TrialState.PRUNED)
         if failures >= FAILURES_IN_A_ROW and not successes:
             log.error("%d trials in a row failed, none succeeded: stopping", failures)
             return 1
+    if not drain.is_due():
+        log.info("the study has its %d trials", settings.total_trials)
+    else:
+        log.info("asked to stop, or the job's end is near: no further trial")
     return 0
 
 
-def claim(study: optuna.Study, total_trials: int) -> optuna.Trial | None:
-    """Take a waiting trial, or a new one while the study has fewer than `total_trials`."""
-    trials = study.get_trials(deepcopy=False)
-    waiting = any(trial.state == TrialState.WAITING for trial in trials)
-    return study.ask() if waiting or len(trials) < total_trials else None
+def claim(study: optuna.Study, total_trials: int, drain: Drain) -> optuna.Trial | None:
+    """Take a waiting trial, or a new one while the study has fewer than `total_trials`.
+
+    While other workers run the last ones it waits: one of them may die, and its trial return.
+    Returns None when all trials are finished, or when it is time to stop.
+    """
+    waiting_said = False
+    while not drain.is_due():
+        trials = study.get_trials(deepcopy=False)
+        # Only the bundle's SQLite storage refuses in the same transaction; others overshoot a bit.
+        if len(trials) < total_trials or any(t.state == TrialState.WAITING for t in trials):
+            try:
+                return study.ask()
+            except NoTrialLeft:
+                continue
+        if not _others_run(study):
+            return None
+        if not waiting_said:
+            log.info("no trial left to claim; waiting for those that still run elsewhere")
+            waiting_said = True
+        time.sleep(POLL_SECONDS)
+    return None
+
+
+def _others_run(study: optuna.Study) -> bool:
+    """Whether a worker that can lose its lease still runs a trial; others return nothing."""
+    storage = study._storage
+    return isinstance(storage, SQLiteStorage) and storage.count_leases(study._study_id) > 0
 
 
 def run_trial(
     study: optuna.Study, trial: optuna.Trial, objective: Objective, drain: Drain
 ) -> TrialState:
-    """Run one trial and tell Optuna how it ended; WAITING if it went back to the queue."""
+    """Run one trial and tell Optuna how it ended.
+
+    Returns its new state; WAITING if it went back to the queue, RUNNING if another worker has it.
+    """
     begin = time.monotonic()
     log.info("trial %d started", trial.number)
-    value, state = None, TrialState.FAIL
+    state, value, reason = _call(objective, trial, drain)
     try:
-        drain.in_objective = True
-        value = objective(trial)
-        drain.in_objective = False
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"the objective returned {value!r}, which is no number")
-        state = TrialState.FAIL if math.isnan(value) else TrialState.COMPLETE
-        reason = "the objective returned NaN"
-    except optuna.TrialPruned:
-        state = TrialState.PRUNED
-    except Drained:
-        state = TrialState.WAITING
-    except Exception as error:  # one bad trial must not end the worker
-        log.exception("trial %d failed", trial.number)
-        reason = _reason(error)
-    finally:
-        drain.in_objective = False
-    if state == TrialState.FAIL:
-        trial.set_user_attr("fail_reason", reason)
-        value = None
-    _finish(study, trial, state, value)
-    _log_end(study, trial, state, value, time.monotonic() - begin)
+        _finish(study, trial, state, value, reason)
+    except UpdateFinishedTrialError:  # this worker was frozen, and another one has taken over
+        log.warning("trial %d is no longer this worker's: result dropped", trial.number)
+        state = TrialState.RUNNING
+    _free_memory()
+    if state != TrialState.RUNNING:
+        _log_end(study, trial, state, value, time.monotonic() - begin)
     return state
 
 
-def _finish(
-    study: optuna.Study, trial: optuna.Trial, state: TrialState, value: float | None
-) -> None:
-    from hpo import checkpoint  # imports torch, which the objective has done by now
+def _call(
+    objective: Objective, trial: optuna.Trial, drain: Drain
+) -> tuple[TrialState, float | None, str]:
+    """Return the state that the trial should get, its value, and the reason of a FAIL."""
+    try:
+        with drain.interruptible():
+            value = objective(trial)
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"the objective returned {value!r}, which is no number")
+        if math.isnan(value):
+            return TrialState.FAIL, None, "the objective returned NaN"
+        return TrialState.COMPLETE, float(value), ""
+    except optuna.TrialPruned:
+        return TrialState.PRUNED, None, ""
+    except (Drained, UpdateFinishedTrialError):  # the latter says LeaseLost, too
+        return TrialState.WAITING, None, ""
+    except StudyFileError:
+        raise
+    except Exception as error:  # one bad trial must not end the worker
+        log.exception("trial %d failed", trial.number)
+        return TrialState.FAIL, None, _reason(error)
 
+
+def _finish(
+    study: optuna.Study,
+    trial: optuna.Trial,
+    state: TrialState,
+    value: float | None,
+    reason: str,
+) -> None:
     if state == TrialState.WAITING:
         # The same trial, with its parameters and its reports: the next worker goes on with it.
         study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
         return
+    if state == TrialState.FAIL:
+        trial.set_user_attr("fail_reason", reason)
     if state == TrialState.COMPLETE:
         checkpoint.keep_weights(trial.number)
     study.tell(trial, value, state)
     checkpoint.tidy(study)
-    _free_memory()
 
 
 def _reason(error: Exception) -> str:
@@ -205,6 +223,8 @@ def _log_end(
 
 def _log_to_stdout(settings: Settings) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # A resumed trial may report its last epoch again, with the same value.
+    warnings.filterwarnings("ignore", message="The reported value is ignored")
     logging.basicConfig(
         stream=sys.stdout,
         level=logging.INFO,

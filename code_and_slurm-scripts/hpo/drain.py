@@ -1,0 +1,89 @@
+"""Drain: how a worker is told to stop, and when its trial may be interrupted.
+
+Three things end a worker early, none of which loses a finished epoch:
+
+    SIGUSR1             from Slurm, 90 s before the time limit: stop after the running epoch
+    the job's end       the next epoch would not be finished in time: stop before it starts
+    SIGTERM, SIGINT     from scancel or Ctrl-C: stop at once
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import optuna
+from optuna.trial import FrozenTrial
+
+REPORT_SECONDS = 30.0  # the batch script's own work after the workers have ended
+RESERVE_SECONDS = 90.0  # before the job's end; as #SBATCH --signal=USR1@90, the second net
+
+
+class Drained(BaseException):
+    """The trial that is running goes back to the queue.
+
+    Not an `Exception`, so that no `except Exception` in an objective can swallow it.
+    """
+
+
+class Drain:
+    """Whether this worker has to stop.  Installs the signal handlers."""
+
+    def __init__(self, job_end: float) -> None:
+        """Prepare for a job that ends at `job_end` (Unix seconds, or infinite)."""
+        self._job_end = job_end
+        self._requested = False
+        self._interruptible = False
+        self._last = time.monotonic()  # start of the running epoch
+        self._longest_epoch = 0.0  # seconds
+        signal.signal(signal.SIGUSR1, self._stop_after_epoch)
+        signal.signal(signal.SIGTERM, self._stop_now)
+        signal.signal(signal.SIGINT, self._stop_now)
+
+    def is_due(self) -> bool:
+        """Whether to stop: asked to, or the next epoch would not end before the job does."""
+        needed = max(RESERVE_SECONDS, REPORT_SECONDS + self._longest_epoch)
+        return self._requested or time.time() + needed > self._job_end
+
+    def epoch_ended(self) -> None:
+        """Note how long the epoch took."""
+        now = time.monotonic()
+        self._longest_epoch = max(self._longest_epoch, now - self._last)
+        self._last = now
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let SIGTERM and SIGINT raise `Drained` in this block; elsewhere they only ask."""
+        self._last = time.monotonic()
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    def _stop_after_epoch(self, signum: int, frame: FrameType | None) -> None:
+        self._requested = True
+
+    def _stop_now(self, signum: int, frame: FrameType | None) -> None:
+        self._requested = True
+        if self._interruptible:
+            self._interruptible = False  # a second signal must not interrupt the return
+            raise Drained
+
+
+class DrainingPruner(optuna.pruners.BasePruner):
+    """The study's pruner, asked after each epoch: the moment to stop without losing anything."""
+
+    def __init__(self, pruner: optuna.pruners.BasePruner, drain: Drain) -> None:
+        self._pruner = pruner
+        self._drain = drain
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Ask the pruner, unless it is time to stop; raises `Drained` then."""
+        self._drain.epoch_ended()
+        if self._drain.is_due():
+            raise Drained
+        return self._pruner.prune(study, trial)

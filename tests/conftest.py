@@ -1,0 +1,41 @@
+"""Fixtures of all tests: each test has a study of its own; scripts run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import SCRIPTS, SETTINGS, Run
+
+
+@pytest.fixture(autouse=True)
+def own_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the test a study.db of its own, whatever the caller's environment; return its path."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("STUDY_DB", f"sqlite:///{tmp_path}/study.db")
+    monkeypatch.setenv("TRAIN_IMAGES", "1000")
+    return tmp_path / "study.db"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Return a function that runs a script in another folder and returns what it printed."""
+
+    def run_script(
+        script: str | Path, *arguments: str, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(SCRIPTS / script), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run_script

@@ -1,0 +1,38 @@
+"""A worker with an objective that needs no torch: what BEHAVIOUR says.  Run by test_worker.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import optuna
+
+from hpo.settings import run_script
+from hpo.worker import run_worker
+
+
+def objective(trial: optuna.Trial) -> float:
+    """Behave as the test asks; by default return x² after one report."""
+    x = trial.suggest_float("x", -1, 1)
+    behaviour = os.environ.get("BEHAVIOUR", "")
+    if behaviour == "raise" or (behaviour == "raise once" and trial.number == 0):
+        raise ValueError("no such layer\nsecond line")
+    if behaviour == "memory" and trial.number == 0:
+        raise MemoryError("8 GiB asked for")
+    if behaviour == "nan" and trial.number == 0:
+        return float("nan")
+    if behaviour == "usr1" and trial.number == 2:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    if behaviour == "sleep":
+        time.sleep(600)
+    if behaviour == "slow":
+        time.sleep(0.2)
+    trial.report(x * x, 0)
+    if trial.should_prune():
+        raise optuna.TrialPruned
+    return "nothing" if behaviour == "text" else x * x  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    run_script(lambda: run_worker(objective))

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# All checks of the project: the linters, then the tests.
+#
+#   bash tests/run.sh                    makes .venv if need be; the newest versions
+#   bash tests/run.sh floor              makes .venv-floor: the versions of Turpan's image
+#   bash tests/run.sh new -k worker      what comes after the environment's name goes to pytest
+#
+# You should see "All checks passed!" of ruff, "Success" of mypy, and pytest's line "N passed".
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source code_and_slurm-scripts/hpo/venv.sh
+
+environment=${1:-new}
+shift || true
+case $environment in
+    new) venv=.venv group=run ;;
+    floor) venv=.venv-floor group=floor ;;
+    *)
+        echo "usage: bash tests/run.sh [new|floor] [arguments of pytest]" >&2
+        exit 2
+        ;;
+esac
+make_venv "$venv" "$group"
+make_venv "$venv" test
+bin=$PWD/$venv/bin
+
+if [[ $environment == new ]]; then # the linters see the same files in both
+    mapfile -t shell_files < <(git ls-files '*.sh' .ci/run)
+    "$bin/ruff" check .
+    "$bin/ruff" format --check .
+    "$bin/mypy" --python-executable "$bin/python"
+    "$bin/shellcheck" --external-sources "${shell_files[@]}"
+    "$bin/shfmt" --indent 4 --case-indent --diff "${shell_files[@]}"
+fi
+
+# One thread per process: the tests start several workers at once.
+OMP_NUM_THREADS=1 "$bin/python" -m pytest "$@"

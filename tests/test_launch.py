@@ -1,0 +1,214 @@
+"""The launch scripts: run-optuna-local.sh, and the sbatch script with stand-ins for srun and
+apptainer (tests/cluster runs it on a real Slurm with a real Apptainer).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from common import BUNDLE
+
+APPTAINER = """#!/bin/bash
+# Stands for apptainer: checks the options, then runs the command without a container.
+[[ "$1 $2 $3 $4" == "exec --nv --bind /tmpdir,/work" ]] || exit 99
+shift 5
+[[ $1 == python ]] && shift && exec "$REAL_PYTHON" "$@"
+exec "$@"
+"""
+SRUN = """#!/bin/bash
+# Stands for srun: one process per task, each with its rank, its GPU and its log.
+echo "srun $*" >>"$RECORD"
+while [[ $1 == --* ]]; do
+    [[ $1 == --ntasks=* ]] && tasks=${1#*=}
+    [[ $1 == --output=* ]] && output=${1#*=}
+    shift
+done
+for ((rank = 0; rank < tasks; rank++)); do
+    log=${output//%j/$SLURM_JOB_ID}
+    SLURM_PROCID=$rank "$@" >>"${log//%t/$rank}" 2>&1 &
+    pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit ${status:-0}
+"""
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """Return a copy of the bundle in which only the files of the repository are."""
+    copy = tmp_path / "optuna"
+    files = subprocess.check_output(["git", "ls-files", "-z"], cwd=BUNDLE, text=True).split("\0")
+    for name in filter(None, files):
+        if name.startswith(("tests/", ".")):
+            continue
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(BUNDLE / name, copy / name, follow_symlinks=False)
+    return copy
+
+
+@pytest.fixture
+def job(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the scripts' folder of a copy, in the environment that sbatch would give a job."""
+    tools = bundle.parent / "bin"
+    tools.mkdir()
+    for name, text in (("apptainer", APPTAINER), ("srun", SRUN)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    image = bundle.parent / "image.sif"
+    image.touch()
+    monkeypatch.delenv("STUDY_DB")
+    for name, value in {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "REAL_PYTHON": sys.executable,
+        "RECORD": str(bundle.parent / "srun.log"),
+        "CONTAINER": str(image),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "turpancomp[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS": "4",
+        "SLURM_CPUS_PER_TASK": "40",
+        "SLURM_SUBMIT_DIR": str(bundle / "code_and_slurm-scripts"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    return bundle / "code_and_slurm-scripts"
+
+
+def sbatch(job: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the batch script as Slurm does: a copy of it, from the folder of the submission."""
+    spooled = job.parent.parent / "slurm_script"
+    shutil.copy(job / "run-optuna-multinode_Turpan.sh", spooled)
+    return subprocess.run(
+        ["bash", str(spooled)],
+        cwd=job,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_four_workers_run_the_study_and_the_log_ends_with_the_best_model(job: Path) -> None:
+    result = sbatch(job, TOTAL_TRIALS="5", PRUNER="none")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "4 workers on 2 nodes (turpancomp[1-2])" in result.stdout
+    assert "test accuracy" in result.stdout
+    logs = sorted(path.name for path in (job.parent / "logs").glob("4711*"))
+    assert logs == [f"4711.{rank}.out" for rank in range(4)]
+    for rank in range(4):
+        assert f"worker {rank} on" in (job.parent / "logs" / f"4711.{rank}.out").read_text()
+    trials = optuna.load_study(
+        study_name="mnist_hpo", storage=f"sqlite:///{job}/study.db"
+    ).get_trials()
+    assert len(trials) == 5
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    call = (job.parent.parent / "srun.log").read_text()
+    assert "--ntasks=4 --cpus-per-task=40 --kill-on-bad-exit=0 --wait=0" in call
+
+
+def test_submitted_from_the_folder_above(job: Path) -> None:
+    result = sbatch(job, SLURM_SUBMIT_DIR=str(job.parent), TOTAL_TRIALS="1", SLURM_NTASKS="1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (job / "study.db").exists()
+
+
+def test_status_of_srun_is_kept_and_the_report_printed(job: Path) -> None:
+    (job.parent.parent / "bin" / "srun").write_text("#!/bin/bash\nexit 3\n")
+    result = sbatch(job)
+    assert result.returncode == 3
+    assert "A worker ended with status 3" in result.stderr
+    assert "no trial has finished yet" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"SLURM_JOB_ID": ""}, "this is a batch script: sbatch"),
+        ({"SLURM_SUBMIT_DIR": "/tmp"}, "submitted from /tmp, which is not the bundle"),
+        ({"CONTAINER": "/work/none.sif"}, "the image CONTAINER=/work/none.sif does not exist"),
+        ({"PY_SCRIPT": "other.py"}, "PY_SCRIPT=other.py is not in"),
+        ({"REAL_PYTHON": "/bin/false"}, "pip install --user optuna==5.0.0"),
+    ],
+)
+def test_mistakes_end_the_job_at_once(job: Path, env: dict[str, str], says: str) -> None:
+    result = sbatch(job, **env)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert not (job / "study.db").exists()
+
+
+def test_wrong_setting_ends_the_job_before_the_workers(job: Path) -> None:
+    result = sbatch(job, SAMPLER="bayes")
+    assert result.returncode == 2
+    assert "choose one of: tpe, random" in result.stderr
+    assert not (job.parent.parent / "srun.log").exists()
+
+
+@pytest.fixture
+def local(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of the bundle whose .venv is this test's Python, so nothing is installed."""
+    venv = bundle / ".venv"
+    venv.mkdir()
+    for path in Path(sys.prefix).iterdir():
+        (venv / path.name).symlink_to(path)
+    (venv / "installed-run.toml").unlink(missing_ok=True)
+    shutil.copy(bundle / "pyproject.toml", venv / "installed-run.toml")
+    monkeypatch.delenv("STUDY_DB")
+    return bundle / "code_and_slurm-scripts"
+
+
+def states(scripts: Path) -> list[str]:
+    """Return the states of the trials of a local study."""
+    storage = f"sqlite:///{scripts}/study.db"
+    study = optuna.load_study(study_name="mnist_hpo", storage=storage)
+    return [trial.state.name for trial in study.get_trials()]
+
+
+def test_local_study_runs_and_goes_on_with_more_trials(local: Path) -> None:
+    script = str(local / "run-optuna-local.sh")
+    for total in ("2", "4"):
+        result = subprocess.run(
+            ["bash", script],
+            env={**os.environ, "TOTAL_TRIALS": total, "PRUNER": "none"},
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert f"{total} trials: {total} complete" in result.stdout.replace(f"{total} of ", "")
+        assert "best_params" in result.stdout
+        assert "test accuracy" in result.stdout
+    assert len(states(local)) == 4
+
+
+def test_ctrl_c_ends_all_workers_and_returns_their_trials(local: Path) -> None:
+    launcher = subprocess.Popen(
+        ["bash", str(local / "run-optuna-local.sh")],
+        env={**os.environ, "TOTAL_TRIALS": "50", "TRAIN_IMAGES": "50000"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (local / "study.db").exists() or "RUNNING" not in states(local):
+        assert time.monotonic() < deadline, "no worker has claimed a trial"
+        time.sleep(0.2)
+    os.killpg(launcher.pid, signal.SIGINT)  # what a terminal does with Ctrl-C
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130, output
+    assert "The same command goes on with the study" in output
+    with pytest.raises(ProcessLookupError):
+        os.killpg(launcher.pid, 0)  # no process of the group is left
+    assert "RUNNING" not in states(local)
+    assert "WAITING" in states(local)

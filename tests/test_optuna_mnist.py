@@ -1,0 +1,200 @@
+"""The objective on real images: search space, training, resume, weights, the best model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
+
+import optuna_mnist
+from common import SCRIPTS, SMALL, Run
+from hpo import checkpoint, mnist
+from hpo.settings import Settings
+from hpo.storage import create_or_open_study, open_study
+
+
+@pytest.fixture
+def study() -> optuna.Study:
+    """Return the test's study, made as init_optuna_db.py makes it."""
+    return create_or_open_study(Settings.from_env())
+
+
+def test_search_space_is_the_guides(study: optuna.Study) -> None:
+    trial = study.ask()
+    config = optuna_mnist.search_space(trial)
+    assert trial.distributions == {
+        "lr": FloatDistribution(1e-4, 5e-3, log=True),
+        "batch_size": CategoricalDistribution([16, 32, 64, 128]),
+        "conv1_channels": CategoricalDistribution([8, 16, 32, 64]),
+        "conv2_channels": CategoricalDistribution([16, 32, 64, 128]),
+        "kernel1": CategoricalDistribution([3, 5, 7]),
+        "kernel2": CategoricalDistribution([3, 5, 7]),
+        "fc_dim": CategoricalDistribution([64, 128, 256, 512]),
+        "epochs": CategoricalDistribution([2, 3, 5]),
+    }
+    assert config == {**trial.params, "num_classes": 10}
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_every_value_reaches_the_net(kernel: int) -> None:
+    config = {**SMALL, "kernel1": kernel, "kernel2": 3, "num_classes": 10}
+    net = optuna_mnist.CNN(config)
+    shapes = [tuple(parameter.shape) for parameter in net.parameters() if parameter.dim() > 1]
+    assert shapes == [(8, 1, kernel, kernel), (16, 8, 3, 3), (64, 16 * 49), (10, 64)]
+    assert net(torch.zeros(5, 1, 28, 28)).shape == (5, 10)
+
+
+def test_train_model_without_optuna_learns() -> None:
+    config = {**SMALL, "num_classes": 10}
+    first, last = (optuna_mnist.train_model({**config, "epochs": epochs}) for epochs in (1, 8))
+    assert last < 0.7 * first
+    assert optuna_mnist.train_model({**config, "epochs": 1}) == first  # the same to the last bit
+
+
+def test_training_never_sees_the_test_images(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[bool] = []
+    original = mnist._load
+
+    def record(train: bool, device: torch.device) -> mnist.Images:
+        loaded.append(train)
+        return original(train, device)
+
+    monkeypatch.setattr(mnist, "_load", record)
+    mnist.load_training.cache_clear()
+    study.enqueue_trial({**SMALL, "epochs": 2})
+    optuna_mnist.objective(study.ask())
+    assert loaded == [True]
+
+
+def test_resumed_trial_equals_the_uninterrupted_one(study: optuna.Study) -> None:
+    config = {**SMALL, "num_classes": 10}
+    study.enqueue_trial(SMALL)
+    trial = study.ask()
+    optuna_mnist.search_space(trial)
+    whole = optuna_mnist.train_model(config, trial)
+    curve = study.get_trials()[0].intermediate_values
+    study.tell(trial, whole)
+    checkpoint.tidy(study)
+
+    study.enqueue_trial(SMALL)
+    other = study.ask()
+    other_number = other.number
+
+    class Died(BaseException):
+        """Stands for the end of the process right after the second epoch's checkpoint."""
+
+    def die(self: optuna.Trial, value: float, step: int) -> None:
+        if step == 1:
+            raise Died
+        original(self, value, step)
+
+    original = optuna.Trial.report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna.Trial, "number", 0)  # the seed of the first trial
+        patch.setattr(optuna.Trial, "report", die)
+        with pytest.raises(Died):
+            optuna_mnist.train_model(config, other)
+        patch.setattr(optuna.Trial, "report", original)
+        torch.manual_seed(12345)  # whatever else the process does in between
+        resumed = optuna_mnist.train_model(config, other)
+    assert resumed == whole
+    assert study.get_trials()[other_number].intermediate_values == curve
+
+
+def test_worker_keeps_the_weights_of_the_best_trial_only(study: optuna.Study, run: Run) -> None:
+    for lr in (1e-4, 3e-3, 5e-4):
+        study.enqueue_trial({**SMALL, "lr": lr, "epochs": 2})
+    result = run("optuna_mnist.py", TOTAL_TRIALS="3", PRUNER="none")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in study.get_trials()] == [TrialState.COMPLETE] * 3
+    assert study.best_trial.number == 1
+    files = [path.name for path in Settings.from_env().checkpoints.iterdir()]
+    assert files == ["trial-00001.weights.pt"]
+    weights = torch.load(checkpoint.weights_path(Settings.from_env(), 1), weights_only=True)
+    net = optuna_mnist.CNN(optuna_mnist.search_space(study.best_trial))
+    net.load_state_dict(weights)  # a state_dict and nothing else
+
+    shown = run("check_best_model.py", TOTAL_TRIALS="3").stdout
+    assert "3 of 3 trials: 3 complete, 0 pruned, 0 failed, 0 running, 0 waiting" in shown
+    assert f"best_value  {study.best_value:.4f} (trial 1)" in shown
+    for name, value in study.best_params.items():
+        assert f"{name:15} {value:.4g}" in shown
+    scores = optuna_mnist.test_model(optuna_mnist.search_space(study.best_trial), weights)
+    assert f"test accuracy   {scores['test accuracy']:.4f}" in shown
+
+
+def test_hopeless_trial_is_pruned_and_leaves_nothing(study: optuna.Study, run: Run) -> None:
+    distributions: dict[str, Any] = {"x": FloatDistribution(0, 1)}
+    for _ in range(6):  # the median pruner starts after five finished trials
+        study.add_trial(
+            optuna.create_trial(
+                params={"x": 0.5},
+                distributions=distributions,
+                value=0.01,
+                intermediate_values=dict.fromkeys(range(5), 0.01),
+            )
+        )
+    study.enqueue_trial({**SMALL, "lr": 1e-4})
+    result = run("optuna_mnist.py", TOTAL_TRIALS="7")
+    assert result.returncode == 0, result.stdout + result.stderr
+    pruned = study.get_trials()[6]
+    assert pruned.state == TrialState.PRUNED
+    assert list(pruned.intermediate_values) == [0]
+    assert list(Settings.from_env().checkpoints.iterdir()) == []
+
+
+def test_check_on_an_empty_study(study: optuna.Study, run: Run) -> None:
+    result = run("check_best_model.py")
+    assert result.returncode == 0
+    assert "0 of 500 trials" in result.stdout
+    assert "no trial has finished yet" in result.stdout
+
+
+def test_check_without_torch(study: optuna.Study, tmp_path: Path) -> None:
+    """A Python that has all packages of this one, but for torch."""
+    study.add_trial(optuna.create_trial(value=0.5))
+    folder = checkpoint.weights_path(Settings.from_env(), 0)
+    folder.parent.mkdir(parents=True)
+    folder.write_bytes(b"never opened")
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for path in Path(torch.__file__).parent.parent.iterdir():
+        if not path.name.startswith(("torch", "functorch", "nvidia")):
+            (packages / path.name).symlink_to(path)
+    result = subprocess.run(
+        [sys.executable, "-S", str(SCRIPTS / "check_best_model.py")],
+        env={**os.environ, "PYTHONPATH": str(packages)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "best_value  0.5000 (trial 0)" in result.stdout
+    assert "test score: needs torch, which this Python has not" in result.stdout
+
+
+def test_no_script_of_the_login_node_imports_torch() -> None:
+    code = "import check_best_model, init_optuna_db, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, timeout=60).returncode == 0
+
+
+def test_watch_ends_when_the_study_is_done(study: optuna.Study, run: Run) -> None:
+    study.enqueue_trial({**SMALL, "epochs": 2})
+    command = [sys.executable, str(SCRIPTS / "check_best_model.py"), "--watch"]
+    env = {**os.environ, "TOTAL_TRIALS": "1"}
+    watcher = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert run("optuna_mnist.py", TOTAL_TRIALS="1").returncode == 0
+    output, _ = watcher.communicate(timeout=60)
+    assert watcher.returncode == 0
+    assert "1 of 1 trials: 1 complete" in output.splitlines()[-1]
+    assert open_study(Settings.from_env()).best_value > 0

@@ -1,0 +1,198 @@
+"""The worker's loop: budget, failures, signals; with an objective that needs no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from common import BUNDLE, SCRIPTS, Run
+from hpo.samplers import sampler_seed
+from hpo.settings import Settings
+from hpo.storage import open_study
+
+OBJECTIVE = BUNDLE / "tests" / "objective_for_tests.py"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tests/objective_for_tests.py import hpo, as a script in the scripts' folder can."""
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
+
+
+def trials() -> list[FrozenTrial]:
+    """Return the trials of the test's study."""
+    return open_study(Settings.from_env()).get_trials()
+
+
+def start(**env: str) -> subprocess.Popen[str]:
+    """Start one worker in the background."""
+    return subprocess.Popen(
+        [sys.executable, str(OBJECTIVE)],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_worker_stops_at_total_trials_and_a_larger_total_adds(run: Run) -> None:
+    result = run(OBJECTIVE, TOTAL_TRIALS="7")
+    assert result.returncode == 0, result.stderr
+    assert "the study has its 7 trials" in result.stdout
+    assert run(OBJECTIVE, TOTAL_TRIALS="7").returncode == 0
+    assert len(trials()) == 7
+    run(OBJECTIVE, TOTAL_TRIALS="10")
+    assert [trial.number for trial in trials()] == list(range(10))
+    assert all(trial.state.is_finished() for trial in trials())
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ("raise once", "ValueError: no such layer"),
+        ("memory", "out of memory (MemoryError: 8 GiB asked for)"),
+        ("nan", "the objective returned NaN"),
+    ],
+)
+def test_one_bad_trial_is_recorded_and_the_worker_goes_on(
+    behaviour: str, reason: str, run: Run
+) -> None:
+    result = run(OBJECTIVE, TOTAL_TRIALS="4", BEHAVIOUR=behaviour)
+    assert result.returncode == 0
+    found = trials()
+    assert found[0].state == TrialState.FAIL
+    assert found[0].user_attrs["fail_reason"] == reason
+    assert all(trial.state != TrialState.FAIL for trial in found[1:])
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("behaviour", ["raise", "text"])
+def test_broken_objective_stops_the_worker_with_its_traceback(behaviour: str, run: Run) -> None:
+    result = run(OBJECTIVE, TOTAL_TRIALS="50", BEHAVIOUR=behaviour)
+    assert result.returncode == 1
+    assert len(trials()) == 3
+    assert "Traceback" in result.stdout
+    assert "3 trials in a row failed" in result.stdout
+
+
+def test_usr1_returns_the_trial_after_its_epoch(run: Run) -> None:
+    result = run(OBJECTIVE, TOTAL_TRIALS="6", BEHAVIOUR="usr1")
+    assert result.returncode == 0
+    assert "trial 2 back to the queue" in result.stdout
+    returned = trials()[2]
+    assert returned.state == TrialState.WAITING
+    assert list(returned.intermediate_values) == [0]  # the epoch was reported first
+    run(OBJECTIVE, TOTAL_TRIALS="6")
+    assert trials()[2].params == returned.params
+    assert Counter(trial.state.is_finished() for trial in trials()) == {True: 6}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_returns_the_trial_at_once(signum: signal.Signals, own_study: Path) -> None:
+    worker = start(BEHAVIOUR="sleep")
+    wait_for(TrialState.RUNNING, own_study)
+    time.sleep(1)  # until it is in the objective
+    worker.send_signal(signum)
+    output, _ = worker.communicate(timeout=30)
+    assert worker.returncode == 0, output
+    assert "trial 0 back to the queue" in output
+    assert [trial.state for trial in trials()] == [TrialState.WAITING]
+    assert trials()[0].params
+
+
+def wait_for(state: TrialState, own_study: Path) -> FrozenTrial:
+    """Wait until the study's first trial is in that state, with its parameters."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if own_study.exists() and (found := trials()) and found[0].state == state:
+            return found[0]
+        time.sleep(0.1)
+    raise AssertionError(f"trial 0 is not {state.name}")
+
+
+def test_trial_of_a_killed_worker_is_run_by_the_one_that_waits(own_study: Path) -> None:
+    killed = start(BEHAVIOUR="sleep", TOTAL_TRIALS="1", LEASE_GRACE="2")
+    wait_for(TrialState.RUNNING, own_study)
+    time.sleep(1)  # until its parameters are written with a renewal of the lease
+    waiting = start(TOTAL_TRIALS="1", LEASE_GRACE="2")
+    killed.kill()
+    params = trials()[0].params
+    output, _ = waiting.communicate(timeout=60)
+    assert waiting.returncode == 0, output
+    assert "no trial left to claim; waiting" in output
+    assert "trial 0 of a worker that died goes back to the queue" in output
+    assert [(t.state, t.params) for t in trials()] == [(TrialState.COMPLETE, params)]
+    assert params
+    killed.communicate()
+
+
+def test_frozen_worker_is_told_that_its_trial_is_not_its_own(own_study: Path) -> None:
+    frozen = start(BEHAVIOUR="slow", TOTAL_TRIALS="1", LEASE_GRACE="1")
+    wait_for(TrialState.RUNNING, own_study)
+    frozen.send_signal(signal.SIGSTOP)
+    other = start(TOTAL_TRIALS="1", LEASE_GRACE="1")
+    output, _ = other.communicate(timeout=60)
+    assert other.returncode == 0, output
+    assert "trial 0 complete" in output
+    value = trials()[0].value
+    frozen.send_signal(signal.SIGCONT)
+    output, _ = frozen.communicate(timeout=60)
+    assert frozen.returncode == 0, output
+    assert "trial 0 is no longer this worker's" in output
+    assert "Traceback" not in output
+    assert [(t.state, t.value) for t in trials()] == [(TrialState.COMPLETE, value)]
+
+
+def test_no_trial_starts_when_the_job_ends_too_soon(run: Run) -> None:
+    end = str(int(time.time()) + 80)
+    result = run(OBJECTIVE, TOTAL_TRIALS="5", SLURM_JOB_END_TIME=end)
+    assert result.returncode == 0, result.stderr
+    assert "the job's end is near: no further trial" in result.stdout
+    assert trials() == []
+
+
+def test_trial_goes_back_when_the_next_epoch_would_not_end_in_time(run: Run) -> None:
+    end = str(int(time.time()) + 94)  # about four seconds of work, then the reserve
+    result = run(OBJECTIVE, TOTAL_TRIALS="500", SLURM_JOB_END_TIME=end, BEHAVIOUR="slow")
+    assert result.returncode == 0, result.stderr
+    states = [trial.state for trial in trials()]
+    assert states.count(TrialState.WAITING) == 1
+    assert 3 <= states.count(TrialState.COMPLETE) < 100
+
+
+def test_backup_is_made_while_the_study_runs(run: Run, own_study: Path) -> None:
+    run(OBJECTIVE, TOTAL_TRIALS="3")
+    storage = f"sqlite:///{own_study}.backup"
+    copy = optuna.load_study(study_name="mnist_hpo", storage=storage)
+    assert [t.params for t in copy.get_trials()] == [t.params for t in trials()]
+
+
+def test_four_workers_share_the_study_and_suggest_different_trials() -> None:
+    workers = [
+        start(
+            WORKER_RANK=str(rank), SEED="1", TOTAL_TRIALS="24", BEHAVIOUR="slow", SAMPLER="random"
+        )
+        for rank in range(4)
+    ]
+    output = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 4, output
+    assert all(f"worker {rank} on" in text for rank, text in enumerate(output))
+    found = trials()
+    assert [trial.number for trial in found] == list(range(24))
+    assert len({trial.params["x"] for trial in found}) == 24
+
+
+def test_sampler_seeds_differ_between_workers_and_starts() -> None:
+    seeds = {sampler_seed(1, rank, trials) for rank in range(8) for trials in (0, 4, 500)}
+    assert len(seeds) == 24
+    assert sampler_seed(1, 2, 3) == sampler_seed(1, 2, 3)
+    assert sampler_seed(None, 0, 0) is None

@@ -11,14 +11,10 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from tests.cluster.conftest import Cluster
-
-HERE = Path(__file__).resolve().parent
+from cluster.rehearsal import HERE, Cluster
 
 # The header of the site's guide.
 GUIDE_HEADER = """\

@@ -174,8 +174,8 @@ def _result(name: str, launcher: Launcher, kills: int, seconds: float, left: int
     lost = len(planned - set(rows) - open_)
     interrupted = count_lines(launcher.log, "claimed").total() - runs.total()
     return Result(
-        name, kills, interrupted, round(seconds, 1), len(trials), len(rows), doubled, lost, left, tracebacks,
-        healthy,
+        name, kills, interrupted, round(seconds, 1), len(trials), len(rows), doubled, lost, left,
+        tracebacks, healthy,
     )  # fmt: skip
 
 

@@ -209,15 +209,16 @@ def test_only_the_holder_can_write(path: Path) -> None:
         with pytest.raises(LeaseLost):
             storage_of(a).renew_lease(trial._trial_id)
         with pytest.raises(LeaseLost):
-            storage_of(a).return_trial(trial._trial_id, crashed=False)
-        with pytest.raises(LeaseLost):
-            storage_of(a).set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+            storage_of(a).set_trial_system_attr(trial._trial_id, "key", "value")
         assert sql(path, "SELECT * FROM trials, leases") == before
         if read_trials(path)[0].state == TrialState.WAITING:
             theirs = b.ask()
     b.tell(theirs, 2.0)
-    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+    a.get_trials()  # even when it has seen that the trial is finished
+    with pytest.raises(LeaseLost):
         trial.report(1.0, 0)
+    with pytest.raises(LeaseLost):
+        a.tell(trial, 1.0)
     (frozen,) = read_trials(path)
     assert (frozen.value, frozen.params, frozen.intermediate_values) == (2.0, {}, {})
 

@@ -19,7 +19,8 @@ import copy
 import json
 import os
 import sqlite3
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from operator import attrgetter
@@ -181,12 +182,8 @@ class SQLiteStorage(tables.Studies):
 
         After `max_attempts` crashes it is FAIL instead. Returns its new state. Raises LeaseLost.
         """
-        with LOCK:
-            with self.file.write() as db:
-                self._begin_change(db, trial_id)
-                state = self._leases.give_back(db, trial_id, crashed)
-            self._held.pop(trial_id, None)
-        return state
+        with self._last_change(trial_id) as db:
+            return self._leases.give_back(db, trial_id, crashed)
 
     def return_stale_trials(
         self, study_id: int, *, alive_jobs: Collection[str] | None = None
@@ -227,11 +224,24 @@ class SQLiteStorage(tables.Studies):
         if row is None:
             raise KeyError(f"There is no trial {trial_id}.")
         state, number, owner, leased = row
-        if self._held.pop(trial_id, None) or leased:
+        if leased or trial_id in self._held:
             by = f"held by {owner}" if owner else f"now {state}"
             raise LeaseLost(f"Trial {number} is no longer this worker's: it is {by}.")
         if TrialState[state].is_finished():
             raise UpdateFinishedTrialError(f"Trial {number} is finished: it cannot be changed.")
+
+    @contextmanager
+    def _last_change(self, trial_id: int) -> Iterator[sqlite3.Connection]:
+        """Give one transaction after which the trial is no longer held, nor if it was lost."""
+        with LOCK:
+            try:
+                with self.file.write() as db:
+                    self._begin_change(db, trial_id)
+                    yield db
+            except LeaseLost:
+                self._held.pop(trial_id, None)
+                raise
+            self._held.pop(trial_id, None)
 
     def _written(self, trial_id: int, **changes: Any) -> None:
         """Note in memory what the last transaction wrote (to a copy: readers keep the old one)."""
@@ -320,15 +330,12 @@ class SQLiteStorage(tables.Studies):
         """
         if state == RUNNING:
             return self._claim(trial_id)
-        with LOCK:
-            with self.file.write() as db:
-                self._begin_change(db, trial_id)
-                tables.set_values(db, trial_id, values)
-                if state == WAITING:
-                    self._leases.give_back(db, trial_id, crashed=False)
-                else:
-                    tables.finish(db, trial_id, state)
-            self._held.pop(trial_id, None)
+        with self._last_change(trial_id) as db:
+            tables.set_values(db, trial_id, values)
+            if state == WAITING:
+                self._leases.give_back(db, trial_id, crashed=False)
+            else:
+                tables.finish(db, trial_id, state)
         return True
 
     def delete_study(self, study_id: int) -> None:
@@ -341,10 +348,10 @@ class SQLiteStorage(tables.Studies):
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """Return a trial: from memory if it is finished or held here. Raises KeyError."""
         with LOCK:
-            for cache in self._caches.values():
-                if trial_id in cache.finished:
-                    return cache.finished[trial_id]
             if (held := self._held.get(trial_id)) is None:
+                for cache in self._caches.values():
+                    if trial_id in cache.finished:
+                        return cache.finished[trial_id]
                 return tables.read_trial(self.file, trial_id)
             trial = copy.copy(held.trial)  # optuna.Trial writes into what it is given
             trial.params, trial.distributions = dict(trial.params), dict(trial.distributions)

@@ -19,11 +19,11 @@ import copy
 import json
 import os
 import sqlite3
+from bisect import bisect_left
 from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from operator import attrgetter
 from typing import Any
 
 from optuna.distributions import (
@@ -367,16 +367,17 @@ class SQLiteStorage(tables.Studies):
     ) -> list[FrozenTrial]:
         """Return the trials of a study in these states, in order. Raises KeyError."""
         with LOCK:
-            cache = self._caches.get(study_id) or tables.TrialCache(study_id)
-            wanted = [state for state in tables.ALL if states is None or state in states]
+            # Out of the dictionary while it changes: if a signal's exception comes in between,
+            # the next call reads anew.
+            cache = self._caches.pop(study_id, None) or tables.TrialCache(study_id)
+            wanted = tuple(state for state in tables.ALL if states is None or state in states)
             trials = cache.read(self.file, wanted)
             self._caches[study_id] = cache
-            trials = [self._mine(trial) or trial for trial in trials]
-            if any(state in tables.FINISHED for state in wanted):
-                trials += [trial for trial in cache.finished.values() if trial.state in wanted]
-        trials.sort(key=attrgetter("_trial_id"))
+            for trial_id, held in self._held.items():
+                i = bisect_left(trials, trial_id, key=tables.BY_ID)
+                if i < len(trials) and (trials[i]._trial_id, trials[i].state) == (
+                    trial_id,
+                    RUNNING,
+                ):
+                    trials[i] = held.trial
         return copy.deepcopy(trials) if deepcopy else trials
-
-    def _mine(self, trial: FrozenTrial) -> FrozenTrial | None:
-        held = self._held.get(trial._trial_id)
-        return held.trial if held is not None and trial.state == RUNNING else None

@@ -34,6 +34,7 @@ def create_or_open_study(settings: Settings) -> Study:
         UserError: the database cannot be used, or holds that study with another direction or
             objective.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # "Using an existing study": not news
     path = settings.sqlite_path
     with clear_errors(settings):
         if path and not path.exists():
@@ -138,7 +139,6 @@ def _grpc_storage(address: str) -> BaseStorage:
 
 def _add_study(storage: BaseStorage, settings: Settings) -> Study:
     """Create the study, or take the one that has its name; refuse it if it is another's."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # "Using an existing study": not news
     study = optuna.create_study(
         study_name=settings.study_name,
         storage=storage,

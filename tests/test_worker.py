@@ -190,6 +190,9 @@ def test_four_workers_share_the_study_and_suggest_different_trials() -> None:
     found = trials()
     assert [trial.number for trial in found] == list(range(24))
     assert len({trial.params["x"] for trial in found}) == 24
+    assert {trial.user_attrs["worker"] for trial in found} <= {
+        f"worker {rank} on {os.uname().nodename}" for rank in range(4)
+    }
 
 
 def test_sampler_seeds_differ_between_workers_and_starts() -> None:

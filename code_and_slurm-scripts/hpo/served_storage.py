@@ -141,6 +141,7 @@ def _storage(settings: Settings, rank: int) -> SQLiteStorage:
     return _ServersStorage(
         settings.sqlite_path,
         owner=f"worker {rank}",
+        label=f"worker {rank}",
         job_id=settings.job_id,
         total_trials=settings.total_trials,
         grace=settings.lease_grace,

@@ -69,7 +69,8 @@ class SQLiteStorage(tables.Studies):
     job that it belongs to, "" for none. `total_trials` is the number of trials the study ends
     with, None for no limit. `grace` is in seconds: a lease that has not moved for so long, on the
     observer's own clock, is stale. After `max_attempts` crashes a trial is FAIL. `timeout` is in
-    seconds: how long to wait for the file's lock.
+    seconds: how long to wait for the file's lock. Finished trials get `label`, if there is one, as
+    their user attribute `worker`.
     Raises hpo.study_file.StudyFileError (CorruptStudy, StudyBusy, DiskFull).
     """
 
@@ -83,9 +84,11 @@ class SQLiteStorage(tables.Studies):
         grace: float = 60.0,
         max_attempts: int = 3,
         timeout: float = 60.0,
+        label: str = "",
     ) -> None:
         self.file = StudyFile(path, timeout)
         self.total_trials = total_trials
+        self._label = label
         self._leases = Leases(owner, job_id, grace, max_attempts)
         self._forget()
 
@@ -335,6 +338,8 @@ class SQLiteStorage(tables.Studies):
             if state == WAITING:
                 self._leases.give_back(db, trial_id, crashed=False)
             else:
+                if self._label:
+                    tables.set_attribute(db, "trial_user", trial_id, "worker", self._label)
                 tables.finish(db, trial_id, state)
         return True
 

@@ -70,9 +70,11 @@ def open_storage(settings: Settings) -> BaseStorage:
     if settings.sqlite_path and (server := find_server(settings.sqlite_path)):
         return _served_storage(settings, server)
     if settings.sqlite_path:
+        worker = f"worker {settings.rank} on {os.uname().nodename}"
         return SQLiteStorage(
             settings.sqlite_path,
-            owner=f"worker {settings.rank} on {os.uname().nodename}",
+            owner=worker,
+            label=worker,
             job_id=settings.job_id,
             total_trials=settings.total_trials,
             grace=settings.lease_grace,

@@ -49,7 +49,7 @@ ask_slurm() {
 
 create_study() {
     "${in_container[@]}" python init_optuna_db.py
-    read -r -a before < <("${in_container[@]}" python -m hpo.progress)
+    read -r -a before < <("${in_container[@]}" python -m hpo.count)
 }
 
 # The preflight; status 3 means that all is well but for the locks between the nodes.
@@ -96,7 +96,7 @@ run_workers() {
 print_report() {
     "${in_container[@]}" python check_best_model.py || true # what it says is all there is to say
     local after
-    read -r -a after < <("${in_container[@]}" python -m hpo.progress)
+    read -r -a after < <("${in_container[@]}" python -m hpo.count)
     if ((after[1] == 0)); then
         echo "The study is complete."
         return

@@ -1,6 +1,6 @@
 """Two numbers for the batch script: how many trials are finished, and how many are left.
 
-python -m hpo.progress              212 288
+python -m hpo.count              212 288
 """
 
 from __future__ import annotations

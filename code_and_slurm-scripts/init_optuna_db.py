@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 
 from hpo import mnist
+from hpo.served_storage import forget_dead_server
 from hpo.settings import Settings, UserError, run_script
 from hpo.sqlite_storage import SQLiteStorage
 from hpo.storage import create_or_open_study
@@ -31,6 +32,7 @@ def main() -> int:
     settings = Settings.from_env(**dict(zip(("STUDY_DB", "STUDY_NAME"), arguments, strict=False)))
     if settings.py_script == "optuna_mnist.py":  # a script of your own prepares its own data
         mnist.prepare()
+    forget_dead_server(settings)
     study = create_or_open_study(settings)
     if isinstance(study._storage, SQLiteStorage):
         # Jobs that have left Slurm's queue hold nothing any more; other workers have a grace.

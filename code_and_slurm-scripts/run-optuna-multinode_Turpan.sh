@@ -7,10 +7,14 @@
 #
 # Submit it from this folder or from the one above.  The batch log is logs/JOBID.out, the log of
 # worker 0, 1, … is logs/JOBID.0.out, logs/JOBID.1.out, …  The batch log ends with the best model.
-# Not finished in time?  The same command goes on with the same study.
+# Not finished in time?  The same command goes on with the same study; CHAIN_JOBS=3 sbatch … lets
+# the job submit up to three successors itself.  What will it cost?
+#
+#   bash run-optuna-multinode_Turpan.sh --estimate
 
 #SBATCH --job-name=optuna-mnist
 #SBATCH --output=logs/%j.out
+#SBATCH --open-mode=append           # a requeued job keeps its log
 #SBATCH --partition=small            # exclusive nodes, at most 6, at most 4 h
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=2          # one worker per GPU
@@ -50,51 +54,25 @@ SAMPLER="${SAMPLER:-tpe}"           # see README.txt
 PRUNER="${PRUNER:-median}"
 # ---------------------------------------
 
-die() {
-    echo "error: $1" >&2
-    exit 2
-}
-
 # sbatch runs a copy of this script, so the bundle is where the job was submitted, not at $0.
+scripts=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
+[[ -f $scripts/hpo/job.sh ]] || scripts=$scripts/code_and_slurm-scripts
+if [[ ! -f $scripts/hpo/job.sh ]]; then
+    echo "error: submitted from $SLURM_SUBMIT_DIR, which is not the bundle: cd to it first" >&2
+    exit 2
+fi
+# shellcheck source=hpo/job.sh
+source "$scripts/hpo/job.sh" # the phases below
+
+check_settings # fails early, with one sentence
+if [[ ${1:-} == --estimate ]]; then
+    estimate
+    exit
+fi
 [[ -n ${SLURM_JOB_ID:-} ]] || die "this is a batch script: sbatch ${BASH_SOURCE[0]##*/}"
-scripts=$SLURM_SUBMIT_DIR
-[[ -f $scripts/init_optuna_db.py ]] || scripts=$SLURM_SUBMIT_DIR/code_and_slurm-scripts
-[[ -f $scripts/init_optuna_db.py ]] ||
-    die "submitted from $SLURM_SUBMIT_DIR, which is not the bundle: cd code_and_slurm-scripts first"
-[[ -f $scripts/$PY_SCRIPT ]] || die "PY_SCRIPT=$PY_SCRIPT is not in $scripts"
-[[ -f $CONTAINER ]] || die "the image CONTAINER=$CONTAINER does not exist: ls /work/conteneurs"
-command -v apptainer >/dev/null || die "there is no apptainer on $(hostname)"
-
-# Inside the container the names above are environment variables; the study's URL is absolute.
-if [[ $STUDY_DB == sqlite:///[!/]* ]]; then
-    STUDY_DB=sqlite:///$scripts/${STUDY_DB#sqlite:///}
-fi
-export PY_SCRIPT STUDY_DB STUDY_NAME TOTAL_TRIALS SAMPLER PRUNER
-logs=$(cd "$scripts/../logs" && pwd)
-tasks=${SLURM_NTASKS:-$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}
-in_container=(apptainer exec --nv --bind "/tmpdir,/work" "$CONTAINER")
-
-"${in_container[@]}" python -c 'import sys, optuna; sys.exit(optuna.__version__[:2] != "5.")' ||
-    die "Optuna 5 is not installed in the image; on the login node, once:
-    apptainer exec --bind /tmpdir,/work $CONTAINER pip install --user optuna==5.0.0"
-
-echo "Job $SLURM_JOB_ID: $tasks workers on $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)"
-"${in_container[@]}" python "$scripts/init_optuna_db.py"
-
-# One worker per task.  A worker that dies leaves the others alone (--kill-on-bad-exit=0, --wait=0);
-# srun does not take --cpus-per-task over from the header.
-workers=(
-    srun --ntasks="$tasks" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}"
-    --kill-on-bad-exit=0 --wait=0 --open-mode=append --output="$logs/%j.%t.out"
-    "${in_container[@]}" python -u "$scripts/$PY_SCRIPT"
-)
-status=0
-"${workers[@]}" || status=$?
-if ((status != 0)); then
-    echo "A worker ended with status $status; the reason is at the end of its log:" >&2
-    echo "    tail -n 20 $logs/$SLURM_JOB_ID.*.out" >&2
-fi
-
-"${in_container[@]}" python "$scripts/check_best_model.py" || true
-echo "To go on with this study (all names as above): sbatch run-optuna-multinode_Turpan.sh"
+ask_slurm
+create_study # init_optuna_db.py
+check_nodes  # check_cluster.py on every task
+run_workers  # python $PY_SCRIPT, one per GPU, until the study is complete or the time is up
+print_report # check_best_model.py; and the successor, if CHAIN_JOBS says so
 exit "$status"

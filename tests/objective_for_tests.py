@@ -28,9 +28,12 @@ def objective(trial: optuna.Trial) -> float:
         time.sleep(600)
     if behaviour == "slow":
         time.sleep(0.2)
-    trial.report(x * x, 0)
-    if trial.should_prune():
-        raise optuna.TrialPruned
+    for epoch in range(1000 if behaviour == "epochs" else 1):
+        trial.report(x * x, epoch)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        if behaviour == "epochs":
+            time.sleep(0.1)
     return "nothing" if behaviour == "text" else x * x  # type: ignore[return-value]
 
 

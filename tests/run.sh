@@ -3,7 +3,8 @@
 #
 #   bash tests/run.sh                    makes .venv if need be; the newest versions
 #   bash tests/run.sh floor              makes .venv-floor: the versions of Turpan's image
-#   bash tests/run.sh new -k worker      what comes after the environment's name goes to pytest
+#   bash tests/run.sh cluster            as root: a real Slurm and Apptainer (tests/cluster)
+#   bash tests/run.sh new -k worker      what comes after the first word goes to pytest
 #
 # You should see "All checks passed!" of ruff, "Success" of mypy, and pytest's line "N passed".
 set -euo pipefail
@@ -13,11 +14,13 @@ source code_and_slurm-scripts/hpo/venv.sh
 
 environment=${1:-new}
 shift || true
+venv=.venv group=run tests=(tests --ignore=tests/cluster)
 case $environment in
-    new) venv=.venv group=run ;;
+    new) ;;
     floor) venv=.venv-floor group=floor ;;
+    cluster) tests=(tests/cluster) ;;
     *)
-        echo "usage: bash tests/run.sh [new|floor] [arguments of pytest]" >&2
+        echo "usage: bash tests/run.sh [new|floor|cluster] [arguments of pytest]" >&2
         exit 2
         ;;
 esac
@@ -30,9 +33,9 @@ if [[ $environment == new ]]; then # the linters see the same files in both
     "$bin/ruff" check .
     "$bin/ruff" format --check .
     "$bin/mypy" --python-executable "$bin/python"
-    "$bin/shellcheck" --external-sources "${shell_files[@]}"
+    "$bin/shellcheck" "${shell_files[@]}"
     "$bin/shfmt" --indent 4 --case-indent --diff "${shell_files[@]}"
 fi
 
 # One thread per process: the tests start several workers at once.
-OMP_NUM_THREADS=1 "$bin/python" -m pytest "$@"
+OMP_NUM_THREADS=1 "$bin/python" -m pytest "${tests[@]}" "$@"

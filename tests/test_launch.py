@@ -35,11 +35,23 @@ while [[ $1 == --* ]]; do
 done
 for ((rank = 0; rank < tasks; rank++)); do
     log=${output//%j/$SLURM_JOB_ID}
-    SLURM_PROCID=$rank "$@" >>"${log//%t/$rank}" 2>&1 &
+    log=${log//%t/$rank}
+    SLURM_PROCID=$rank CUDA_VISIBLE_DEVICES=$rank "$@" >>"${log:-$RECORD.out}" 2>&1 &
     pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+[[ -n $output ]] || cat "$RECORD.out"
 exit ${status:-0}
+"""
+SQUEUE = """#!/bin/bash
+# Stands for squeue: this job is the user's only one.
+[[ $* == *--format=%A* ]] && echo "$SLURM_JOB_ID"
+[[ $* == *--format=%e* ]] && date --date="${JOB_ENDS_IN:-600} seconds" +%Y-%m-%dT%H:%M:%S
+exit 0
+"""
+SBATCH = """#!/bin/bash
+# Stands for sbatch: notes what was submitted.
+echo "sbatch $* CHAIN_JOBS=$CHAIN_JOBS TOTAL_TRIALS=$TOTAL_TRIALS" >>"$RECORD"
 """
 
 
@@ -61,7 +73,12 @@ def job(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the scripts' folder of a copy, in the environment that sbatch would give a job."""
     tools = bundle.parent / "bin"
     tools.mkdir()
-    for name, text in (("apptainer", APPTAINER), ("srun", SRUN)):
+    for name, text in (
+        ("apptainer", APPTAINER),
+        ("srun", SRUN),
+        ("squeue", SQUEUE),
+        ("sbatch", SBATCH),
+    ):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     image = bundle.parent / "image.sif"
@@ -122,10 +139,12 @@ def test_submitted_from_the_folder_above(job: Path) -> None:
 
 
 def test_status_of_srun_is_kept_and_the_report_printed(job: Path) -> None:
-    (job.parent.parent / "bin" / "srun").write_text("#!/bin/bash\nexit 3\n")
+    (job.parent.parent / "bin" / "srun").write_text(
+        "#!/bin/bash\n[[ $* == *check_cluster.py* ]] || exit 7\n"
+    )
     result = sbatch(job)
-    assert result.returncode == 3
-    assert "A worker ended with status 3" in result.stderr
+    assert result.returncode == 7
+    assert "A worker ended with status 7" in result.stderr
     assert "no trial has finished yet" in result.stdout
 
 
@@ -151,6 +170,67 @@ def test_wrong_setting_ends_the_job_before_the_workers(job: Path) -> None:
     assert result.returncode == 2
     assert "choose one of: tpe, random" in result.stderr
     assert not (job.parent.parent / "srun.log").exists()
+
+
+def test_preflight_comes_before_the_workers_and_can_stop_the_job(job: Path) -> None:
+    result = sbatch(job, TOTAL_TRIALS="1", PRUNER="none")
+    assert "✓ SQLite    100 of 100 increments by 4 tasks arrived" in result.stdout
+    assert "The study is complete." in result.stdout
+    assert not list(job.glob(".check_cluster*"))
+    (job.parent.parent / "bin" / "srun").write_text(
+        "#!/bin/bash\necho called >>$RECORD.late\nexit 1\n"
+    )
+    result = sbatch(job, TOTAL_TRIALS="2")
+    assert result.returncode == 2
+    assert "no trial was started" in result.stderr
+    assert (job.parent.parent / "srun.log.late").read_text() == "called\n"
+
+
+def test_job_out_of_time_says_how_to_go_on_and_submits_its_successor(job: Path) -> None:
+    few = {"TOTAL_TRIALS": "400", "JOB_ENDS_IN": "125", "SLURM_NTASKS": "2"}
+    result = sbatch(job, **few)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "trials are left; this job finished" in result.stdout
+    assert "TOTAL_TRIALS=400 STUDY_NAME=mnist_hpo" in result.stdout
+    record = job.parent.parent / "srun.log"
+    assert "sbatch" not in record.read_text()  # nobody is billed by surprise
+    sbatch(job, **few, CHAIN_JOBS="2")
+    assert "multinode_Turpan.sh CHAIN_JOBS=1 TOTAL_TRIALS=400" in record.read_text()
+
+
+def test_no_successor_without_progress_or_after_the_last_trial(job: Path) -> None:
+    result = sbatch(job, CHAIN_JOBS="2", JOB_ENDS_IN="60", SLURM_NTASKS="1")
+    assert "No successor is submitted" in result.stdout
+    result = sbatch(job, CHAIN_JOBS="2", TOTAL_TRIALS="1", SLURM_NTASKS="1", PRUNER="none")
+    assert "The study is complete." in result.stdout
+    assert "sbatch" not in (job.parent.parent / "srun.log").read_text()
+
+
+def test_estimate_needs_no_job(job: Path) -> None:
+    script = job / "run-optuna-multinode_Turpan.sh"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    result = subprocess.run(
+        ["bash", str(script), "--estimate"], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert "500 of 500 trials left" in result.stdout
+    assert "2 (small), 4 workers, one per GPU" in result.stdout
+    assert "assumed: none finished" in result.stdout
+    assert "(160 cores)" in result.stdout
+    assert not (job / "study.db").exists()
+
+
+def test_dead_worker_is_started_again_three_times(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.sh"
+    worker.write_text(f"echo x >>{tmp_path}/starts; kill -9 $$")
+    keeper = BUNDLE / "code_and_slurm-scripts" / "hpo" / "keep_running.sh"
+    result = subprocess.run(["bash", str(keeper), "bash", str(worker)], capture_output=True)
+    assert result.returncode == 137
+    assert (tmp_path / "starts").read_text() == "x\n" * 4
+    for status in (0, 1, 2):
+        worker.write_text(f"echo x >>{tmp_path}/{status}; exit {status}")
+        assert subprocess.run(["bash", str(keeper), "bash", str(worker)]).returncode == status
+        assert (tmp_path / str(status)).read_text() == "x\n"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hpo import settings
 
 TEXTS = {name: (BUNDLE / name).read_text() for name in ("README.txt", "LISEZMOI.txt")}
 COMMAND = re.compile(
-    r"^    ((?:[A-Z_]+=\S+ )*(?:bash|sbatch|tar|cd|pip|apptainer|squeue|\.venv).*)$"
+    r"^    ((?:[A-Z_]+=\S+ )*(?:bash|sbatch|tar|cd|cp|mv|rm|pip|apptainer|squeue|\.venv).*)$"
 )
 
 
@@ -72,4 +72,4 @@ def test_the_image_is_the_one_of_the_batch_script() -> None:
     batch = Path(SCRIPTS / "run-optuna-multinode_Turpan.sh").read_text()
     image = re.search(r"CONTAINER:-(.*?)\}", batch)
     assert image
-    assert TEXTS["README.txt"].count(image[1]) == 2
+    assert TEXTS["README.txt"].count(image[1]) == 3

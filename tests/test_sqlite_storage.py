@@ -223,6 +223,28 @@ def test_only_the_holder_can_write(path: Path) -> None:
     assert (frozen.value, frozen.params, frozen.intermediate_values) == (2.0, {}, {})
 
 
+def test_a_trial_that_stock_optuna_finished_by_hand_stays_so(path: Path) -> None:
+    study = open_study(path)
+    trial = study.ask()
+    stock = optuna.load_study(study_name=NAME, storage=f"sqlite:///{path}")
+    stock.tell(trial.number, 2.0)
+    for write in (lambda: trial.report(1.0, 0), lambda: study.tell(trial, 1.0)):
+        with pytest.raises(LeaseLost):
+            write()
+    (frozen,) = read_trials(path)
+    assert (frozen.value, frozen.intermediate_values) == (2.0, {})
+
+
+def test_a_lease_renewed_in_the_last_moment_is_not_taken(path: Path) -> None:
+    a, b = open_study(path, "a"), open_study(path, "b", grace=0.0)
+    trial = a.ask()
+    leases, file = storage_of(b)._leases, storage_of(b).file
+    (stale,) = leases.find_stale(file, b._study_id, None)
+    storage_of(a).renew_lease(trial._trial_id)  # between the look and the transaction
+    assert not leases.take_back(file, stale)
+    a.tell(trial, 1.0)
+
+
 def test_a_dead_jobs_trials_return_at_once(path: Path) -> None:
     asked = {job: open_study(path, f"j{job}", job_id=job).ask().number for job in ("7", "8", "")}
     study = open_study(path, "init", job_id="9")

@@ -160,13 +160,14 @@ def test_no_trial_starts_when_the_job_ends_too_soon(run: Run) -> None:
     assert trials() == []
 
 
-def test_trial_goes_back_when_the_next_epoch_would_not_end_in_time(run: Run) -> None:
-    end = str(int(time.time()) + 94)  # about four seconds of work, then the reserve
-    result = run(OBJECTIVE, TOTAL_TRIALS="500", SLURM_JOB_END_TIME=end, BEHAVIOUR="slow")
+def test_trial_goes_back_when_the_job_ends_before_its_next_epoch(run: Run) -> None:
+    end = str(int(time.time()) + 100)  # about ten seconds of work, then the reserve
+    result = run(OBJECTIVE, TOTAL_TRIALS="1", SLURM_JOB_END_TIME=end, BEHAVIOUR="epochs")
     assert result.returncode == 0, result.stderr
-    states = [trial.state for trial in trials()]
-    assert states.count(TrialState.WAITING) == 1
-    assert 3 <= states.count(TrialState.COMPLETE) < 100
+    (trial,) = trials()
+    assert trial.state == TrialState.WAITING
+    assert 1 <= len(trial.intermediate_values) < 1000
+    assert "trial 0 back to the queue" in result.stdout
 
 
 def test_backup_is_made_while_the_study_runs(run: Run, own_study: Path) -> None:
@@ -189,6 +190,9 @@ def test_four_workers_share_the_study_and_suggest_different_trials() -> None:
     found = trials()
     assert [trial.number for trial in found] == list(range(24))
     assert len({trial.params["x"] for trial in found}) == 24
+    assert {trial.user_attrs["worker"] for trial in found} <= {
+        f"worker {rank} on {os.uname().nodename}" for rank in range(4)
+    }
 
 
 def test_sampler_seeds_differ_between_workers_and_starts() -> None:

@@ -36,6 +36,7 @@ class Drain:
         """Prepare for a job that ends at `job_end` (Unix seconds, or infinite)."""
         self._job_end = job_end
         self._requested = False
+        self._at_once = False
         self._interruptible = False
         self._last = time.monotonic()  # start of the running epoch
         self._longest_epoch = 0.0  # seconds
@@ -60,6 +61,8 @@ class Drain:
         self._last = time.monotonic()
         self._interruptible = True
         try:
+            if self._at_once:  # the signal came while the trial was being claimed
+                raise Drained
             yield
         finally:
             self._interruptible = False
@@ -68,7 +71,7 @@ class Drain:
         self._requested = True
 
     def _stop_now(self, signum: int, frame: FrameType | None) -> None:
-        self._requested = True
+        self._requested = self._at_once = True
         if self._interruptible:
             self._interruptible = False  # a second signal must not interrupt the return
             raise Drained

@@ -94,10 +94,16 @@ class Leases:
             for *row, job_id in file.read(RUNNING, (study_id,)):
                 lease = Lease(*row)
                 watched = self._watch(lease, before.get(lease.trial_id))
-                dead = alive_jobs is not None and job_id not in {"", self.job_id, *alive_jobs}
-                if dead or watched.still >= self.grace:
+                if self._has_ended(job_id, alive_jobs) or watched.still >= self.grace:
                     stale.append(lease)
         return stale
+
+    def _has_ended(self, job_id: str, alive_jobs: Collection[str] | None) -> bool:
+        """Whether a job is known to be over: 12 and 12.1 are one job before and after a requeue."""
+        if alive_jobs is None or job_id in ("", self.job_id):
+            return False
+        number = job_id.split(".")[0]
+        return number not in alive_jobs or number == self.job_id.split(".")[0]
 
     def _watch(self, lease: Lease, before: _Watched | None) -> _Watched:
         watched = self._watched[lease.trial_id] = _Watched(lease, time.monotonic())

@@ -59,7 +59,7 @@ class Settings:
     train_images: int
     lease_grace: float  # seconds
     rank: int  # of this worker among the workers of its job: 0, 1, …
-    job_id: str  # of Slurm; "" outside of it
+    job_id: str  # of Slurm, with ".1" after the first requeue; "" outside of it
     job_end: float  # Unix seconds; infinite where nothing ends the job
     alive_jobs: frozenset[str] | None  # ids; None where nobody asked Slurm
 
@@ -84,7 +84,7 @@ class Settings:
             train_images=_integer(env, "TRAIN_IMAGES", str(TRAIN_IMAGES), 128, TRAIN_IMAGES),
             lease_grace=float(_integer(env, "LEASE_GRACE", "60", 1)),
             rank=_integer(env, "WORKER_RANK", env.get("SLURM_PROCID", "0"), 0),
-            job_id=env.get("SLURM_JOB_ID", ""),
+            job_id=_job_id(env),
             job_end=float(env.get("SLURM_JOB_END_TIME", "inf")),
             alive_jobs=frozenset(env["ALIVE_JOBS"].split()) if "ALIVE_JOBS" in env else None,
         )
@@ -130,6 +130,12 @@ def _integer(
     if int(text) < least or (most and int(text) > most):
         raise UserError(f"{name}={text} is out of range; give an integer {legal}")
     return int(text)
+
+
+def _job_id(env: Mapping[str, str]) -> str:
+    """A requeued job keeps its number, but the workers that it had before are dead."""
+    restarts = env.get("SLURM_RESTART_COUNT", "0")
+    return env.get("SLURM_JOB_ID", "") + (f".{restarts}" if restarts != "0" else "")
 
 
 def _study_name(text: str) -> str:

@@ -19,11 +19,11 @@ import copy
 import json
 import os
 import sqlite3
+from bisect import bisect_left
 from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from operator import attrgetter
 from typing import Any
 
 from optuna.distributions import (
@@ -69,7 +69,8 @@ class SQLiteStorage(tables.Studies):
     job that it belongs to, "" for none. `total_trials` is the number of trials the study ends
     with, None for no limit. `grace` is in seconds: a lease that has not moved for so long, on the
     observer's own clock, is stale. After `max_attempts` crashes a trial is FAIL. `timeout` is in
-    seconds: how long to wait for the file's lock.
+    seconds: how long to wait for the file's lock. Finished trials get `label`, if there is one, as
+    their user attribute `worker`.
     Raises hpo.study_file.StudyFileError (CorruptStudy, StudyBusy, DiskFull).
     """
 
@@ -83,9 +84,11 @@ class SQLiteStorage(tables.Studies):
         grace: float = 60.0,
         max_attempts: int = 3,
         timeout: float = 60.0,
+        label: str = "",
     ) -> None:
         self.file = StudyFile(path, timeout)
         self.total_trials = total_trials
+        self._label = label
         self._leases = Leases(owner, job_id, grace, max_attempts)
         self._forget()
 
@@ -335,6 +338,8 @@ class SQLiteStorage(tables.Studies):
             if state == WAITING:
                 self._leases.give_back(db, trial_id, crashed=False)
             else:
+                if self._label:
+                    tables.set_attribute(db, "trial_user", trial_id, "worker", self._label)
                 tables.finish(db, trial_id, state)
         return True
 
@@ -367,16 +372,17 @@ class SQLiteStorage(tables.Studies):
     ) -> list[FrozenTrial]:
         """Return the trials of a study in these states, in order. Raises KeyError."""
         with LOCK:
-            cache = self._caches.get(study_id) or tables.TrialCache(study_id)
-            wanted = [state for state in tables.ALL if states is None or state in states]
+            # Out of the dictionary while it changes: if a signal's exception comes in between,
+            # the next call reads anew.
+            cache = self._caches.pop(study_id, None) or tables.TrialCache(study_id)
+            wanted = tuple(state for state in tables.ALL if states is None or state in states)
             trials = cache.read(self.file, wanted)
             self._caches[study_id] = cache
-            trials = [self._mine(trial) or trial for trial in trials]
-            if any(state in tables.FINISHED for state in wanted):
-                trials += [trial for trial in cache.finished.values() if trial.state in wanted]
-        trials.sort(key=attrgetter("_trial_id"))
+            for trial_id, held in self._held.items():
+                i = bisect_left(trials, trial_id, key=tables.BY_ID)
+                if i < len(trials) and (trials[i]._trial_id, trials[i].state) == (
+                    trial_id,
+                    RUNNING,
+                ):
+                    trials[i] = held.trial
         return copy.deepcopy(trials) if deepcopy else trials
-
-    def _mine(self, trial: FrozenTrial) -> FrozenTrial | None:
-        held = self._held.get(trial._trial_id)
-        return held.trial if held is not None and trial.state == RUNNING else None

@@ -19,6 +19,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 
+from hpo.served_storage import ServedStorage, Server, find_server, server_path
 from hpo.settings import SCRIPTS, Settings, UserError
 from hpo.sqlite_storage import SQLiteStorage
 from hpo.study_file import StudyFileError, create_study_file
@@ -33,6 +34,7 @@ def create_or_open_study(settings: Settings) -> Study:
         UserError: the database cannot be used, or holds that study with another direction or
             objective.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # "Using an existing study": not news
     path = settings.sqlite_path
     with clear_errors(settings):
         if path and not path.exists():
@@ -65,10 +67,14 @@ def open_study(settings: Settings) -> Study:
 def open_storage(settings: Settings) -> BaseStorage:
     """Return the storage behind STUDY_DB; raises UserError if it needs what is not there."""
     scheme, _, rest = settings.study_db.partition("://")
+    if settings.sqlite_path and (server := find_server(settings.sqlite_path)):
+        return _served_storage(settings, server)
     if settings.sqlite_path:
+        worker = f"worker {settings.rank} on {os.uname().nodename}"
         return SQLiteStorage(
             settings.sqlite_path,
-            owner=f"worker {settings.rank} on {os.uname().nodename}",
+            owner=worker,
+            label=worker,
             job_id=settings.job_id,
             total_trials=settings.total_trials,
             grace=settings.lease_grace,
@@ -84,6 +90,24 @@ def open_storage(settings: Settings) -> BaseStorage:
         return RDBStorage(settings.study_db)
     except Exception as error:  # the driver is missing, or nobody answers: both are the user's
         raise UserError(f"STUDY_DB={settings.study_db!r} cannot be opened: {error}") from error
+
+
+def _served_storage(settings: Settings, server: Server) -> BaseStorage:
+    """Where locks do not hold between nodes, nobody but the serving process opens study.db."""
+    assert settings.sqlite_path
+    if settings.job_id == server.job_id:
+        try:
+            return ServedStorage(host=server.host, port=server.ports[settings.rank])
+        except ImportError as error:
+            raise UserError("grpcio and protobuf are missing in this container") from error
+    backup = backup_path(settings)
+    if settings.job_id or not backup or not backup.exists():
+        raise UserError(
+            f"job {server.job_id} on {server.host} serves {settings.sqlite_path}: wait until it "
+            f"has ended (if it has, delete {server_path(settings.sqlite_path)})"
+        )
+    print(f"(as of less than a minute ago: {server.host} owns the study, this is its backup)")
+    return SQLiteStorage(backup, owner="reader")
 
 
 @contextmanager
@@ -117,7 +141,6 @@ def _grpc_storage(address: str) -> BaseStorage:
 
 def _add_study(storage: BaseStorage, settings: Settings) -> Study:
     """Create the study, or take the one that has its name; refuse it if it is another's."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # "Using an existing study": not news
     study = optuna.create_study(
         study_name=settings.study_name,
         storage=storage,

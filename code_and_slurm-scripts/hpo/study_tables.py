@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import sys
 import uuid
+from bisect import insort
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 from optuna.distributions import distribution_to_json, json_to_distribution
@@ -27,13 +30,16 @@ from hpo.study_file import StudyFile
 
 ALL = tuple(TrialState)
 FINISHED = tuple(state for state in TrialState if state.is_finished())
+BY_ID = attrgetter("_trial_id")
 # Most trials have the same few distributions: parse each text once.
 parse_distribution = lru_cache(maxsize=4096)(json_to_distribution)
 
 # All there is to know about some trials, as rows (kind, trial, position, …), in one statement:
-# so it is one consistent picture under one shared lock.
+# so it is one consistent picture under one shared lock. Its text is nearly always the same, so
+# that sqlite3 finds it prepared; the + keeps SQLite from the index on study_id, which is all rows.
 READ_TRIALS = """
-WITH picked AS (SELECT * FROM trials WHERE {which}),
+WITH picked AS (SELECT * FROM trials WHERE trial_id > ? AND +study_id = ?
+                UNION ALL SELECT * FROM trials WHERE trial_id IN ({marks})),
      full AS (SELECT trial_id FROM picked WHERE state IN ({states}))
 SELECT 0, trial_id, number, state, datetime_start, datetime_complete FROM picked
 UNION ALL SELECT 1, trial_id, param_id, param_name, param_value, distribution_json
@@ -46,7 +52,7 @@ UNION ALL SELECT 4, trial_id, trial_user_attribute_id, key, value_json, NULL
     FROM trial_user_attributes WHERE trial_id IN full
 UNION ALL SELECT 5, trial_id, trial_system_attribute_id, key, value_json, NULL
     FROM trial_system_attributes WHERE trial_id IN full
-UNION ALL SELECT 6, study_id, 0, NULL, NULL, NULL FROM studies WHERE study_id = {study_id}
+UNION ALL SELECT 6, study_id, 0, NULL, NULL, NULL FROM studies WHERE study_id = ?
 ORDER BY 1, 2, 3
 """
 SET_ATTRIBUTE = """INSERT INTO {kind}_attributes ({id}, key, value_json) VALUES (?, ?, ?)
@@ -173,45 +179,67 @@ class TrialCache:
         self.finished: dict[int, FrozenTrial] = {}
         self._unfinished: set[int] = set()
         self._last = -1  # the highest trial id seen
+        # The finished trials in some states, in order; pruners ask for the same after each report.
+        self._selected: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
 
     def count(self) -> int:
         """Return how many trials the study has, as far as they were read."""
         return len(self.finished) + len(self._unfinished)
 
-    def read(self, file: StudyFile, states: Sequence[TrialState]) -> list[FrozenTrial]:
-        """Read what can have changed; return the unfinished trials in `states`.
+    def read(self, file: StudyFile, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+        """Read what can have changed; return the trials in `states`, in order.
 
         Raises KeyError if there is no such study.
         """
-        ids = ",".join(map(str, self._unfinished))
-        which = f"study_id = {self.study_id:d} AND (trial_id > {self._last} OR trial_id IN ({ids}))"
-        rows = read_rows(file, which, {*states, *FINISHED}, self.study_id)
+        full = [state for state in TrialState if state in states or state in FINISHED]
+        rows = read_rows(file, full, list(self._unfinished), self._last, self.study_id)
         if not rows:
             raise KeyError(f"There is no study {self.study_id}.")
-        unfinished = []
-        for trial_id, trial in build_trials(rows).items():
+        changed = build_trials(rows)
+        for trial_id, trial in changed.items():
             if trial.state.is_finished():
-                self.finished[trial_id] = trial
-                self._unfinished.discard(trial_id)
+                self._finish(trial)
             else:
                 self._unfinished.add(trial_id)
-                if trial.state in states:
-                    unfinished.append(trial)
             self._last = max(self._last, trial_id)
-        return unfinished
+        if states not in self._selected:
+            finished = sorted(self.finished.values(), key=BY_ID)
+            self._selected[states] = [trial for trial in finished if trial.state in states]
+        trials = self._selected[states].copy()
+        for trial in changed.values():
+            if trial.state in states and not trial.state.is_finished():
+                insort(trials, trial, key=BY_ID)
+        return trials
+
+    def _finish(self, trial: FrozenTrial) -> None:
+        self._unfinished.discard(trial._trial_id)
+        if trial._trial_id in self.finished:
+            return
+        self.finished[trial._trial_id] = trial
+        for states, trials in self._selected.items():
+            if trial.state in states:
+                insort(trials, trial, key=BY_ID)
 
 
 def read_rows(
-    file: StudyFile, which: str, states: Collection[TrialState], study_id: int = -1
+    file: StudyFile,
+    states: Sequence[TrialState],
+    trial_ids: list[int],
+    after: int = sys.maxsize,
+    study_id: int = -1,
 ) -> list[tuple[Any, ...]]:
-    """Return the trials that the SQL condition `which` picks; in full for these states only."""
+    """Return these trials and those of a study `after` an id; in full if in these states."""
+    if len(trial_ids) > 10_000:  # too many to be named in SQL: read the study anew
+        trial_ids, after = [], -1
     names = ",".join(f"'{state.name}'" for state in states)
-    return file.read(READ_TRIALS.format(which=which, states=names, study_id=study_id))
+    ids = trial_ids + [-1] * ((1 << len(trial_ids).bit_length()) - len(trial_ids))
+    sql = READ_TRIALS.format(marks=",".join("?" * len(ids)), states=names)
+    return file.read(sql, (after, study_id, *ids, study_id))
 
 
 def read_trial(file: StudyFile, trial_id: int) -> FrozenTrial:
     """Return one trial. Raises KeyError."""
-    rows = read_rows(file, f"trial_id = {trial_id:d}", ALL)
+    rows = read_rows(file, ALL, [trial_id])
     if not rows:
         raise KeyError(f"There is no trial {trial_id}.")
     return build_trials(rows)[trial_id]

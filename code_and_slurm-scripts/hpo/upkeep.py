@@ -19,6 +19,7 @@ from types import TracebackType
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 
+from hpo.served_storage import ServedStorage
 from hpo.settings import Settings
 from hpo.sqlite_storage import SQLiteStorage
 from hpo.storage import backup_path
@@ -42,7 +43,7 @@ class Upkeep:
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
 
     def __enter__(self) -> Upkeep:
-        if isinstance(self._study._storage, SQLiteStorage):
+        if isinstance(self._study._storage, (SQLiteStorage, ServedStorage)):
             self._thread.start()
         return self
 
@@ -63,21 +64,20 @@ class Upkeep:
 
     def _once(self, max_age: float) -> None:
         storage = self._study._storage
-        assert isinstance(storage, SQLiteStorage)
+        assert isinstance(storage, (SQLiteStorage, ServedStorage))
         try:
             if (trial_id := self.trial_id) is not None:
                 storage.renew_lease(trial_id)
         except UpdateFinishedTrialError:
             pass  # finished meanwhile, or lost: the next report in the main thread will say so
-        except StudyFileError as error:
-            log.warning("%s", error)
+        except Exception as error:  # the file is busy, the server gone: the next time may work
+            log.warning("the lease could not be renewed: %s", error)
+        if isinstance(storage, ServedStorage):
+            return  # the server does the rest for all
         try:
             for number in storage.return_stale_trials(self._study._study_id):
                 log.info("trial %d of a worker that died goes back to the queue", number)
             if self._backup:
                 storage.backup(self._backup, max_age)
-        except (
-            StudyFileError,
-            OSError,
-        ) as error:  # a full disk ends no training
+        except (StudyFileError, OSError) as error:  # a full disk ends no training
             log.warning("%s", error)

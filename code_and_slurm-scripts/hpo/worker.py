@@ -35,6 +35,7 @@ from optuna.trial import TrialState
 from hpo import checkpoint
 from hpo.drain import Drain, Drained, DrainingPruner
 from hpo.samplers import make_pruner, make_sampler, sampler_seed
+from hpo.served_storage import ServedStorage
 from hpo.settings import Settings
 from hpo.sqlite_storage import NoTrialLeft, SQLiteStorage
 from hpo.storage import create_or_open_study
@@ -118,7 +119,9 @@ def claim(study: optuna.Study, total_trials: int, drain: Drain) -> optuna.Trial 
 def _others_run(study: optuna.Study) -> bool:
     """Whether a worker that can lose its lease still runs a trial; others return nothing."""
     storage = study._storage
-    return isinstance(storage, SQLiteStorage) and storage.count_leases(study._study_id) > 0
+    if isinstance(storage, (SQLiteStorage, ServedStorage)):
+        return storage.count_leases(study._study_id) > 0
+    return False
 
 
 def run_trial(
@@ -223,6 +226,7 @@ def _log_end(
 
 def _log_to_stdout(settings: Settings) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     # A resumed trial may report its last epoch again, with the same value.
     warnings.filterwarnings("ignore", message="The reported value is ignored")
     logging.basicConfig(

@@ -1,0 +1,289 @@
+#!/usr/bin/env python3
+"""Preflight: do nodes, locks, GPUs, packages, data and disk allow a shared study?
+
+    python check_cluster.py             on one machine, by hand
+    srun python check_cluster.py        on every task of a job; the batch script does so
+
+The tasks meet in a folder beside study.db, and task 0 prints one table (✓ fine, – a remark, ✗ to be
+mended, with what to do about it).  Exit status of task 0: 0 all is well; 1 something must be
+mended; 3 all is well but for the locks between the nodes, and the batch script then has one
+process serve the study (hpo/served_storage.py).  Of the other tasks: 0.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpo import mnist
+from hpo.settings import SCRIPTS, Settings, UserError, run_script
+
+PATIENCE = 60.0  # seconds that a task waits for the others
+INCREMENTS = 25  # of the counter, by each task
+FREE_BYTES = 2 * 1024**3  # for study.db and checkpoints
+OPTUNA = "5.0.0"  # as in pyproject.toml
+OK, REMARK, BAD = "✓", "–", "✗"
+
+Facts = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    mark: str
+    check: str
+    found: str
+    cure: str = ""
+
+
+class Meeting:
+    """The tasks of one job, which exchange small files in a shared folder."""
+
+    def __init__(self, folder: Path, rank: int, tasks: int) -> None:
+        self.folder, self.rank, self.tasks = folder, rank, tasks
+        folder.mkdir(exist_ok=True)
+
+    def say(self, topic: str, content: Facts) -> None:
+        """Tell the others something, whole or not at all."""
+        path = self.folder / f"{topic}.{self.rank}"
+        temporary = path.with_suffix(".tmp" + path.suffix)
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, path)
+
+    def hear(self, topic: str) -> dict[int, Facts]:
+        """Wait for every task and return what each said, by rank; without those that are mute."""
+        end = time.monotonic() + PATIENCE
+        heard: dict[int, Facts] = {}
+        while len(heard) < self.tasks and time.monotonic() < end:
+            for rank in set(range(self.tasks)) - set(heard):
+                path = self.folder / f"{topic}.{rank}"
+                if path.exists():
+                    heard[rank] = json.loads(path.read_text())
+            time.sleep(0.05)
+        return heard
+
+
+def main() -> int:
+    """Run all checks; return the exit status."""
+    settings = Settings.from_env()
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    beside = settings.sqlite_path.parent if settings.sqlite_path else SCRIPTS
+    meeting = Meeting(beside / f".check_cluster-{settings.job_id or 'local'}", settings.rank, tasks)
+    meeting.say("facts", own_facts(settings, beside))
+    facts = meeting.hear("facts")
+    rows = [shared_folder(facts, tasks)]
+    if rows[0].mark == OK:
+        rows += [locks(meeting, facts), counter(meeting)]
+    rows += [gpus(facts), packages(facts), data(facts), disk(facts), time_left(settings)]
+    if settings.rank:
+        meeting.say("done", {})
+        return 0
+    meeting.say("done", {})
+    meeting.hear("done")
+    shutil.rmtree(meeting.folder, ignore_errors=True)
+    print_table(rows)
+    bad = [row.check for row in rows if row.mark == BAD]
+    locks_only = bad and set(bad) <= {"locks", "SQLite"}
+    return 0 if not bad else 3 if locks_only else 1
+
+
+def own_facts(settings: Settings, beside: Path) -> Facts:
+    """Return what this task sees: its host, folder, GPU, packages, data and disk."""
+    facts: Facts = {"host": os.uname().nodename, "folder": (SCRIPTS / "hpo").stat().st_mtime_ns}
+    facts["packages"] = {name: installed(name) for name in ("optuna", "torch", "torchvision")}
+    facts["visible"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    facts["gpus"] = gpu_names()
+    facts["free"] = shutil.disk_usage(beside).free
+    facts["data"] = ""
+    if settings.py_script == "optuna_mnist.py":
+        try:
+            mnist.prepare()
+        except UserError as error:
+            facts["data"] = str(error)
+    return facts
+
+
+def installed(package: str) -> str:
+    """Return the version of an installed package, or ''."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def gpu_names() -> list[str]:
+    """Return the GPUs that this task can use; none where there is no torch."""
+    if not installed("torch"):
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def hosts_of(facts: dict[int, Facts]) -> list[str]:
+    """Return the names of the hosts, each once, in the order of the tasks."""
+    return list(dict.fromkeys(facts[rank]["host"] for rank in sorted(facts)))
+
+
+def shared_folder(facts: dict[int, Facts], tasks: int) -> Row:
+    """Whether all tasks met, and see the same bundle."""
+    hosts = hosts_of(facts)
+    missing = sorted(set(range(tasks)) - set(facts))
+    if missing:
+        found = f"tasks {missing} were not seen within {PATIENCE:.0f} s"
+        return Row(BAD, "folder", found, f"put the bundle where all nodes see it, not in {SCRIPTS}")
+    if len({each["folder"] for each in facts.values()}) > 1:
+        return Row(BAD, "folder", f"differs between {hosts}", "copy the bundle to /work or /tmpdir")
+    return Row(OK, "folder", f"{tasks} tasks on {len(hosts)} hosts ({', '.join(hosts)}) see it")
+
+
+def locks(meeting: Meeting, facts: dict[int, Facts]) -> Row:
+    """Whether a POSIX lock that task 0 holds excludes the tasks of the other hosts."""
+    path = meeting.folder / "lock"
+    if len(hosts_of(facts)) == 1:
+        return Row(REMARK, "locks", "one host only: nothing to test between hosts")
+    got = False
+    with path.open("a") as file:
+        if meeting.rank == 0:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            (meeting.folder / "locked").touch()
+        else:
+            wait_for((meeting.folder / "locked").exists)
+            if facts[meeting.rank]["host"] != facts[0]["host"]:
+                got = could_lock(file.fileno())
+        meeting.say("locks", {"got": got})
+        heard = meeting.hear("locks")  # task 0 holds its lock until all have tried
+    intruders = sorted({facts[rank]["host"] for rank, said in heard.items() if said["got"]})
+    if intruders:
+        found = f"a lock held on {facts[0]['host']} does not exclude {', '.join(intruders)}"
+        return Row(BAD, "locks", found, "the study must be served by one process (the job does so)")
+    return Row(OK, "locks", "a lock on one host excludes the others")
+
+
+def could_lock(descriptor: int) -> bool:
+    """Whether this task gets the lock at once."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until the condition holds, or PATIENCE is over."""
+    end = time.monotonic() + PATIENCE
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def counter(meeting: Meeting) -> Row:
+    """Whether a number that all tasks increment at once in an SQLite file ends exact."""
+    path, error = meeting.folder / "counter.db", ""
+    if meeting.rank == 0:
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TABLE counter (value INTEGER)")
+            db.execute("INSERT INTO counter VALUES (0)")
+        (meeting.folder / "counter.ready").touch()
+    wait_for((meeting.folder / "counter.ready").exists)
+    try:
+        increment(path)
+    except sqlite3.Error as problem:
+        error = str(problem)
+    meeting.say("counter", {"error": error})
+    errors = {said["error"] for said in meeting.hear("counter").values()} - {""}
+    wanted, found = meeting.tasks * INCREMENTS, read_counter(path)
+    if errors or found != wanted:
+        text = f"{found} of {wanted} increments arrived {', '.join(sorted(errors))}"
+        return Row(BAD, "SQLite", text, "as for the locks")
+    return Row(OK, "SQLite", f"{found} of {wanted} increments by {meeting.tasks} tasks arrived")
+
+
+def increment(path: Path) -> None:
+    """Add to the counter as a worker writes to the study: one short transaction each time."""
+    db = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
+    for _ in range(INCREMENTS):
+        db.execute("BEGIN IMMEDIATE")
+        (value,) = db.execute("SELECT value FROM counter").fetchone()
+        db.execute("UPDATE counter SET value = ?", (value + 1,))
+        db.execute("COMMIT")
+    db.close()
+
+
+def read_counter(path: Path) -> int | str:
+    """Return the counter, or what SQLite says of a file that broken locks have destroyed."""
+    try:
+        return int(sqlite3.connect(path).execute("SELECT value FROM counter").fetchone()[0])
+    except sqlite3.Error as error:
+        return str(error)
+
+
+def gpus(facts: dict[int, Facts]) -> Row:
+    """Whether each task has a GPU of its own."""
+    names = [name for each in facts.values() for name in each["gpus"]]
+    owners = [(each["host"], each["visible"]) for each in facts.values()]
+    if not names:
+        return Row(REMARK, "GPUs", "PyTorch sees none: the workers will use the CPU")
+    if without := [rank for rank, each in facts.items() if not each["gpus"]]:
+        return Row(BAD, "GPUs", f"tasks {without} see none", "see --gres and --gpus-per-task")
+    if len(facts) > 1 and len(set(owners)) < len(owners):
+        return Row(BAD, "GPUs", "tasks share one", "see --ntasks-per-node and --gpus-per-task")
+    return Row(OK, "GPUs", f"{len(facts)} tasks, each with its own ({', '.join(sorted({*names}))})")
+
+
+def packages(facts: dict[int, Facts]) -> Row:
+    """Whether all tasks have the same versions, and the Optuna of pyproject.toml."""
+    first = facts[min(facts)]["packages"]
+    text = ", ".join(f"{name} {number or 'missing'}" for name, number in first.items())
+    if any(each["packages"] != first for each in facts.values()):
+        return Row(BAD, "packages", "differ between the hosts", "use one image and one HOME")
+    if first["optuna"].split(".")[0] != OPTUNA.split(".")[0] or not first["torch"]:
+        return Row(BAD, "packages", text, f"pip install --user optuna=={OPTUNA} in the container")
+    mark = OK if first["optuna"] == OPTUNA else REMARK
+    return Row(mark, "packages", text + ("" if mark == OK else f" (tested: {OPTUNA})"))
+
+
+def data(facts: dict[int, Facts]) -> Row:
+    """Whether the data is there and whole."""
+    problems = {each["data"] for each in facts.values()} - {""}
+    if problems:
+        return Row(BAD, "data", "MNIST cannot be read", " / ".join(sorted(problems)))
+    return Row(OK, "data", "present and whole")
+
+
+def disk(facts: dict[int, Facts]) -> Row:
+    """Whether there is room for the study and its checkpoints."""
+    free = min(each["free"] for each in facts.values())
+    text = f"{free / 1024**3:.0f} GiB free"
+    cure = "delete something, or put STUDY_DB on another file system"
+    return Row(OK, "disk", text) if free > FREE_BYTES else Row(BAD, "disk", text, cure)
+
+
+def time_left(settings: Settings) -> Row:
+    """How long the job still runs."""
+    left = settings.job_end - time.time()
+    if left == float("inf"):
+        return Row(REMARK, "time", "nothing limits it")
+    mark = OK if left > 180 else REMARK
+    return Row(
+        mark, "time", f"{left / 60:.0f} min until the job ends; the last 90 s are for ending"
+    )
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print the table, each problem with its cure below it."""
+    for row in rows:
+        print(f"  {row.mark} {row.check:9} {row.found}")
+        if row.mark == BAD:
+            print(f"      → {row.cure}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,86 @@
+"""The preflight with several tasks on this one host; for several, see tests/cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import check_cluster
+from check_cluster import BAD, OK, Facts
+from common import SCRIPTS, Run
+
+
+def start(rank: int, tasks: int, **env: str) -> subprocess.Popen[str]:
+    """Start one task of a job."""
+    names = {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(tasks), "SLURM_JOB_ID": "5"}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "check_cluster.py")],
+        env={**os.environ, **names, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_four_tasks_meet_and_task_0_prints_the_table(own_study: Path) -> None:
+    tasks = [start(rank, 4) for rank in range(4)]
+    output = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0] * 4, output
+    assert output[1:] == ["", "", ""]
+    for line in ("✓ folder    4 tasks on 1 hosts", "100 of 100 increments", "✓ data", "✓ packages"):
+        assert line in output[0]
+    assert list(own_study.parent.iterdir()) == []  # nothing is left behind
+
+
+def test_by_hand_without_slurm(run: Run) -> None:
+    result = run("check_cluster.py")
+    assert result.returncode == 0, result.stdout
+    assert "one host only" in result.stdout
+
+
+def facts(**changes: object) -> Facts:
+    """Return what a task on host a sees, changed."""
+    packages = {"optuna": "5.0.0", "torch": "2.3.0", "torchvision": "0.18.0"}
+    plain = {"host": "a", "folder": 1, "packages": packages, "visible": "0", "gpus": ["A100"]}
+    return {**plain, "free": 10**12, "data": "", **changes}
+
+
+def test_gpus() -> None:
+    assert check_cluster.gpus({0: facts(), 1: facts(visible="1")}).mark == OK
+    assert check_cluster.gpus({0: facts(), 1: facts(host="b")}).mark == OK
+    assert check_cluster.gpus({0: facts(), 1: facts()}).found == "tasks share one"
+    assert check_cluster.gpus({0: facts(), 1: facts(gpus=[])}).mark == BAD
+
+
+def test_packages() -> None:
+    old = {"optuna": "4.9.0", "torch": "2.3.0", "torchvision": "0.18.0"}
+    assert check_cluster.packages({0: facts()}).mark == OK
+    assert check_cluster.packages({0: facts(), 1: facts(packages=old)}).mark == BAD
+    row = check_cluster.packages({0: facts(packages=old)})
+    assert (row.mark, "optuna==5.0.0" in row.cure) == (BAD, True)
+
+
+def test_folder_data_and_disk() -> None:
+    assert check_cluster.shared_folder({0: facts(), 1: facts(folder=2)}, 2).mark == BAD
+    missing = check_cluster.shared_folder({0: facts()}, 2)
+    assert (missing.mark, "tasks [1] were not seen" in missing.found) == (BAD, True)
+    row = check_cluster.data({0: facts(data="x.gz is damaged")})
+    assert (row.mark, row.cure) == (BAD, "x.gz is damaged")
+    assert check_cluster.disk({0: facts(), 1: facts(free=10**6)}).mark == BAD
+
+
+def test_counter_that_loses_increments_is_found(tmp_path: Path) -> None:
+    meeting = check_cluster.Meeting(tmp_path / "meeting", 0, 1)
+    assert check_cluster.counter(meeting).mark == OK
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check_cluster, "increment", lambda path: None)
+        other = check_cluster.Meeting(tmp_path / "other", 0, 1)
+        assert check_cluster.counter(other).found.startswith("0 of 25")
+
+
+def test_optuna_is_the_one_of_pyproject() -> None:
+    assert f'"optuna=={check_cluster.OPTUNA}"' in (SCRIPTS.parent / "pyproject.toml").read_text()

@@ -125,9 +125,9 @@ build_sif() {
 }
 
 case ${1:-} in
-nodes | image | sif) "build_$1" ;;
-*)
-    echo "usage: build.sh nodes|image|sif" >&2
-    exit 2
-    ;;
+    nodes | image | sif) "build_$1" ;;
+    *)
+        echo "usage: build.sh nodes|image|sif" >&2
+        exit 2
+        ;;
 esac

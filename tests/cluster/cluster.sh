@@ -289,14 +289,14 @@ run_on() { # run_on HOST [--user USER] [--cd FOLDER] [--online] -- COMMAND…
     shift
     while [[ ${1:-} == --?* ]]; do
         case $1 in
-        --user) user=$2 && shift ;;
-        --cd) folder=$2 && shift ;;
-        --online)
-            mapfile -t variables < <(online_environment)
-            give_file "$host" /etc/resolv.conf
-            spaces=("${spaces[@]:1}")
-            ;;
-        *) die "exec: unknown option $1" ;;
+            --user) user=$2 && shift ;;
+            --cd) folder=$2 && shift ;;
+            --online)
+                mapfile -t variables < <(online_environment)
+                give_file "$host" /etc/resolv.conf
+                spaces=("${spaces[@]:1}")
+                ;;
+            *) die "exec: unknown option $1" ;;
         esac
         shift
     done
@@ -310,8 +310,8 @@ run_on() { # run_on HOST [--user USER] [--cd FOLDER] [--online] -- COMMAND…
 }
 
 case ${1:-} in
-up | down | crash | restart) "$@" ;;
-broken-locks) broken_locks "${@:2}" ;;
-exec) run_on "${@:2}" ;;
-*) die "usage: cluster.sh up|down|exec|crash|restart|broken-locks (see the head of this file)" ;;
+    up | down | crash | restart) "$@" ;;
+    broken-locks) broken_locks "${@:2}" ;;
+    exec) run_on "${@:2}" ;;
+    *) die "usage: cluster.sh up|down|exec|crash|restart|broken-locks (see the head of this file)" ;;
 esac

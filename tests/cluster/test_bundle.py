@@ -35,10 +35,11 @@ QUICK = {
 }
 
 
-def readme_command(start: str) -> str:
-    """Return the command of README.txt that begins with `start`."""
-    found = re.search(rf"^ +({re.escape(start)}.*)$", README, re.MULTILINE)
-    assert found, f"README.txt has no command that begins with: {start}"
+def readme_command(start: str, end: str = "") -> str:
+    """Return the command of README.txt that begins and ends so."""
+    pattern = rf"^ +({re.escape(start)}.*{re.escape(end)})$"
+    found = re.search(pattern, README, re.MULTILINE)
+    assert found, f"README.txt has no command like: {start} … {end}"
     return found[1]
 
 
@@ -127,7 +128,8 @@ class Bundle:
             for worker in self.workers(job)
             for number in re.findall(r"trial (\d+) (?:complete|pruned)", self.log(job, worker))
         ]
-        assert sorted(map(int, told)) == list(range(total)), "as told by the workers' logs"
+        # Of a worker that is killed between the database and its log the last line may be missing.
+        assert len(told) == len(set(told)), f"finished twice: {Counter(told).most_common(3)}"
 
 
 @pytest.fixture(scope="session")
@@ -183,7 +185,7 @@ def test_guide(bundle: Bundle) -> None:
     assert Counter(workers.values()) == {"n1": 2, "n2": 2}
     assert "best_value" in bundle.log(job)
 
-    best = readme_command("apptainer exec --bind /tmpdir,/work --nv").split()
+    best = readme_command("apptainer exec --bind", "python check_best_model.py").split()
     shown = bundle.cluster.run("login", *best, options=["--cd", bundle.scripts]).stdout
     assert re.search(r"^12 of \d+ trials", shown, re.MULTILINE), shown
     assert re.search(r"^best_value +\d\.\d+", shown, re.MULTILINE), shown
@@ -226,6 +228,23 @@ def test_two_jobs_share_a_study(bundle: Bundle) -> None:
     bundle.done("two jobs at once, one study", jobs, start)
 
 
+def test_broken_locks(bundle: Bundle) -> None:
+    """Where locks hold on one host only, the job says what it needs, and then serves the study."""
+    start = time.monotonic()
+    cluster, python = bundle.cluster, ("apptainer", "exec", bundle.cluster.image, "pip")
+    with cluster.broken_locks():
+        refused = bundle.submit()
+        assert cluster.wait_end(refused, 120) == "FAILED"
+        assert "pip install --user grpcio protobuf" in bundle.log(refused)
+        assert not bundle.trials(), "a trial has run on a study that two hosts can damage"
+        packages = ("install", "--user", "grpcio", "protobuf")
+        cluster.run("login", *python, *packages, options=["--online"], timeout=300)
+        job = bundle.submit()
+        bundle.finish(job)
+        cluster.run("login", *python, "uninstall", "--yes", *packages[2:])
+    bundle.done("locks that hold on one host only", [job], start)
+
+
 def test_scancel_and_submit_again(bundle: Bundle) -> None:
     """After scancel the same command completes the study."""
     start = time.monotonic()
@@ -242,15 +261,15 @@ def test_scancel_and_submit_again(bundle: Bundle) -> None:
 def test_deadline_and_submit_again(bundle: Bundle) -> None:
     """Before the time limit the workers stop by themselves; the same command goes on."""
     start = time.monotonic()
-    settings = {"TOTAL_TRIALS": "16", "TRAIN_IMAGES": "5000"}
-    first = bundle.submit("--time=2", **settings)
+    settings = {"TOTAL_TRIALS": "24", "TRAIN_IMAGES": "5000"}
+    first = bundle.submit("--time=3", **settings)
     bundle.finish(first)
     states = Counter(state for _, state in bundle.trials())
     assert set(states) <= {"COMPLETE", "PRUNED", "WAITING"}, states
     assert states["WAITING"], "the study was complete before the deadline: TRAIN_IMAGES is too low"
     second = bundle.submit(**settings)
     bundle.finish(second)
-    bundle.done("time limit, then submitted again", [first, second], start, total=16)
+    bundle.done("time limit, then submitted again", [first, second], start, total=24)
 
 
 def test_requeue(bundle: Bundle) -> None:
@@ -265,14 +284,13 @@ def test_requeue(bundle: Bundle) -> None:
 
 
 def test_killed_worker(bundle: Bundle) -> None:
-    """A worker dies: the others go on, and its trial is run again."""
+    """A worker dies: the others go on, it is started again, and its trial is run again."""
     start = time.monotonic()
     job = bundle.submit()
     bundle.wait_finished(2)
-    bundle.cluster.run(
-        "n1", "pkill", "--oldest", "--signal=KILL", "--full", "^python.*optuna_mnist"
-    )
-    bundle.cluster.wait_end(job, 300)
+    kill = ("pkill", "--oldest", "--signal=KILL", "--full", "^[^ ]*python -u .*optuna_mnist")
+    bundle.cluster.run("n1", *kill)
+    bundle.finish(job)
     bundle.done("a worker is killed", [job], start)
 
 

@@ -136,9 +136,7 @@ class Trainer:
 
     def _step(self) -> None:
         """One step on the batch at `position`: run eagerly, or recorded once and replayed."""
-        batch = self.batches.index_select(0, self.position).squeeze(0)
-        images = normalise(self.data.images.index_select(0, batch))
-        labels = self.data.labels.index_select(0, batch)
+        images, labels = self._gather()
         self.optimizer.zero_grad(set_to_none=True)
         loss = functional.cross_entropy(self.model(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -146,13 +144,19 @@ class Trainer:
         self.position += 1
         self.total += loss.detach()
 
+    def _gather(self) -> tuple[Tensor, Tensor]:
+        """Return the batch at `position`: images (n, 1, 28, 28) float32, labels (n,) int64."""
+        batch = self.batches.index_select(0, self.position).squeeze(0)
+        images = self.data.images.index_select(0, batch)
+        return normalise(images), self.data.labels.index_select(0, batch)
+
     def _warm_up_and_capture(self) -> int:
         """Take the first steps of the epoch eagerly, then capture; return how many were taken.
 
         Recording runs nothing: the model, the optimiser and `position` stay as they are.  If it
         fails, every step stays eager.
         """
-        side = torch.cuda.Stream()  # CUDA forbids capture on the default stream
+        side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # CUDA forbids capture on the default stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):

@@ -70,6 +70,7 @@ if [[ $STUDY_DB == sqlite:///[!/]* ]]; then
     STUDY_DB=sqlite:///$scripts/${STUDY_DB#sqlite:///}
 fi
 export PY_SCRIPT STUDY_DB STUDY_NAME TOTAL_TRIALS SAMPLER PRUNER
+export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}" # tasks stay one per GPU; each starts so many workers
 logs=$(cd "$scripts/../logs" && pwd)
 tasks=${SLURM_NTASKS:-$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}
 in_container=(apptainer exec --nv --bind "/tmpdir,/work" "$CONTAINER")
@@ -83,10 +84,14 @@ echo "Job $SLURM_JOB_ID: $tasks workers on $SLURM_NNODES nodes ($SLURM_JOB_NODEL
 
 # One worker per task.  A worker that dies leaves the others alone (--kill-on-bad-exit=0, --wait=0);
 # srun does not take --cpus-per-task over from the header.
+several=()
+if [[ $WORKERS_PER_GPU != 1 ]]; then
+    several=(bash "$scripts/hpo/mps.sh")
+fi
 workers=(
     srun --ntasks="$tasks" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}"
     --kill-on-bad-exit=0 --wait=0 --open-mode=append --output="$logs/%j.%t.out"
-    "${in_container[@]}" python -u "$scripts/$PY_SCRIPT"
+    "${several[@]}" "${in_container[@]}" python -u "$scripts/$PY_SCRIPT"
 )
 status=0
 "${workers[@]}" || status=$?

@@ -24,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parents[1] / "code_and_slurm-scripts"
-RAY = "ray[tune]==2.50.0"
+RAY = "ray[tune]==2.60.0"
 TRIALS = 16
 CONFIG = {
     "batch_size": 64,
@@ -38,7 +38,7 @@ CONFIG = {
 RATES = [1e-4 * 50 ** (number / (TRIALS - 1)) for number in range(TRIALS)]
 ENQUEUE = """
 import sys; from hpo.settings import Settings; from hpo.storage import create_or_open_study
-from peers import CONFIG, RATES
+from benchmarks.peers import CONFIG, RATES
 study = create_or_open_study(Settings.from_env())
 for lr in RATES: study.enqueue_trial({**CONFIG, "lr": lr})
 """
@@ -67,7 +67,7 @@ def run_ray(python: str, folder: Path, env: dict[str, str]) -> float:
 def run_ours(folder: Path, env: dict[str, str]) -> float:
     """Return the seconds of the same trials through two workers."""
     env = {**env, "STUDY_DB": f"sqlite:///{folder}/study.db", "TOTAL_TRIALS": str(TRIALS)}
-    env |= {"PRUNER": "none", "PYTHONPATH": f"{SCRIPTS}:{HERE}"}
+    env |= {"PRUNER": "none", "PYTHONPATH": f"{SCRIPTS}:{HERE.parent}"}
     begin = time.monotonic()
     subprocess.run([sys.executable, "init_optuna_db.py"], cwd=SCRIPTS, env=env, check=True)
     subprocess.run([sys.executable, "-c", ENQUEUE], cwd=SCRIPTS, env=env, check=True)

@@ -10,14 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = str(Path(__file__).resolve().parents[2] / "code_and_slurm-scripts")
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = str(ROOT / "code_and_slurm-scripts")
+sys.path[:0] = [str(ROOT / "tests")]
+
+from benchmarks.peers import CONFIG  # noqa: E402
 
 
 def train(config: dict[str, Any]) -> None:
     """Train one configuration, in the process that Ray has made for it."""
     sys.path.insert(0, SCRIPTS)
     import torch
-    from ray import tune
+    from ray import tune  # type: ignore[import-not-found]
 
     import optuna_mnist
 
@@ -29,8 +33,6 @@ def main() -> None:
     """Run all trials, two at a time, and print how many have a result."""
     import ray
     from ray import tune
-
-    from peers import CONFIG
 
     rates = [float(text) for text in sys.argv[2:]]
     gpus = 0.5 if os.environ.get("CUDA_VISIBLE_DEVICES") else 0

@@ -76,10 +76,10 @@ def guide(config: Config, images: int, device: torch.device) -> Epoch:
     return epoch
 
 
-def eager(config: Config, images: int, device: torch.device) -> Epoch:
-    """Return an epoch of the guide's net on resident images."""
+def eager(config: Config, images: int, device: torch.device, net: nn.Module | None = None) -> Epoch:
+    """Return an epoch of the guide's net, or of `net`, on resident images."""
     data, _ = mnist.load_training(device, images)
-    net = GuideNet(config).to(device)
+    net = net or GuideNet(config).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=config["lr"])
     size = config["batch_size"]
 
@@ -162,7 +162,9 @@ def main() -> None:
         device = pick_device()
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    make = {"guide": guide, "eager": eager, "ours": ours}[sys.argv[1]]
+    ways: dict[str, Callable[[Config, int, torch.device], Epoch]]
+    ways = {"guide": guide, "eager": eager, "ours": ours}
+    make = ways[sys.argv[1]]
     for line in sys.stdin:
         request = json.loads(line)
         torch.manual_seed(0)

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from hpo import checkpoint, mnist
 from hpo.settings import Settings, run_script
-from hpo.training import evaluate, fused_adam, pick_device, train_epoch
+from hpo.training import Trainer, evaluate, fused_adam, pick_device
 from hpo.worker import run_worker
 
 # ---------- 1. The search space: EDIT ----------
@@ -89,11 +89,12 @@ def train_model(config: dict[str, Any], trial: optuna.Trial | None = None) -> fl
     training, validation = mnist.load_training(device, Settings.from_env().train_images)
     model = CNN(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = fused_adam(model, config["lr"])
+    trainer = Trainer(model, optimizer, training, config["batch_size"])
 
     # A trial that was interrupted goes on where it stopped: its finished epochs are in `losses`.
     losses = checkpoint.load(trial, model, optimizer)
     for epoch in range(len(losses), config["epochs"]):
-        train_epoch(model, optimizer, training, config["batch_size"])
+        trainer.train_epoch()
         loss, _ = evaluate(model, validation)
         losses.append(loss)
         if trial:

@@ -12,6 +12,7 @@ run-optuna-multinode_Turpan.sh and of README.txt:
     PRUNER         see hpo/samplers.py           median
     SEED           of the samplers and models    none: every start is different
     TRAIN_IMAGES   images that a trial trains on 50000 (fewer for a quick try)
+    WORKERS_PER_GPU workers that share one GPU   1
     LEASE_GRACE    seconds without a sign of life after which a trial goes back to the queue  60
 
 The launch scripts set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix seconds)
@@ -57,6 +58,7 @@ class Settings:
     pruner: str
     seed: int | None
     train_images: int
+    workers_per_gpu: int  # the launch scripts start them
     lease_grace: float  # seconds
     rank: int  # of this worker among the workers of its job: 0, 1, …
     job_id: str  # of Slurm, with ".1" after the first requeue; "" outside of it
@@ -82,6 +84,7 @@ class Settings:
             pruner=_choice(env, "PRUNER", "median", PRUNERS),
             seed=_integer(env, "SEED", "0", 0) if "SEED" in env else None,
             train_images=_integer(env, "TRAIN_IMAGES", str(TRAIN_IMAGES), 128, TRAIN_IMAGES),
+            workers_per_gpu=_integer(env, "WORKERS_PER_GPU", "1", 1, 16),
             lease_grace=float(_integer(env, "LEASE_GRACE", "60", 1)),
             rank=_integer(env, "WORKER_RANK", env.get("SLURM_PROCID", "0"), 0),
             job_id=_job_id(env),

@@ -71,6 +71,11 @@ class CNN(nn.Module):
         return self.fc2(x)  # type: ignore[no-any-return]
 
 
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """Return the untrained net of one configuration; an exported model is loaded with it, too."""
+    return CNN(config)
+
+
 # ---------- 3. Training one configuration: EDIT ----------
 
 
@@ -102,6 +107,22 @@ def train_model(config: dict[str, Any], trial: optuna.Trial | None = None) -> fl
             if trial.should_prune():
                 raise optuna.TrialPruned
     return losses[-1]
+
+
+def train_final(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """Train on all images that the trials trained on or were judged by; return the weights.
+
+    For check_best_model.py --retrain: once the configuration is chosen, no image is left out.
+    """
+    device = pick_device()
+    torch.manual_seed(seed)
+    parts = mnist.load_training(device, Settings.from_env().train_images)
+    images = mnist.Images(*(torch.cat(both) for both in zip(*parts, strict=True)))
+    model = CNN(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = fused_adam(model, config["lr"])
+    for _ in range(config["epochs"]):
+        train_epoch(model, optimizer, images, config["batch_size"])
+    return dict(model.state_dict())
 
 
 # ---------- 4. The objective: EDIT ----------

@@ -12,6 +12,7 @@ run-optuna-multinode_Turpan.sh and of README.txt:
     PRUNER         see hpo/samplers.py           median
     SEED           of the samplers and models    none: every start is different
     TRAIN_IMAGES   images that a trial trains on 50000 (fewer for a quick try)
+    KEEP_BEST      best trials whose weights stay on disk  3
     LEASE_GRACE    seconds without a sign of life after which a trial goes back to the queue  60
 
 The launch scripts set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix seconds)
@@ -57,6 +58,7 @@ class Settings:
     pruner: str
     seed: int | None
     train_images: int
+    keep_best: int  # trials whose weights are kept
     lease_grace: float  # seconds
     rank: int  # of this worker among the workers of its job: 0, 1, …
     job_id: str  # of Slurm; "" outside of it
@@ -82,6 +84,7 @@ class Settings:
             pruner=_choice(env, "PRUNER", "median", PRUNERS),
             seed=_integer(env, "SEED", "0", 0) if "SEED" in env else None,
             train_images=_integer(env, "TRAIN_IMAGES", str(TRAIN_IMAGES), 128, TRAIN_IMAGES),
+            keep_best=_integer(env, "KEEP_BEST", "3", 1),
             lease_grace=float(_integer(env, "LEASE_GRACE", "60", 1)),
             rank=_integer(env, "WORKER_RANK", env.get("SLURM_PROCID", "0"), 0),
             job_id=env.get("SLURM_JOB_ID", ""),
@@ -101,6 +104,16 @@ class Settings:
         """The folder of this study's checkpoints and weights, beside study.db."""
         beside = self.sqlite_path.parent if self.sqlite_path else SCRIPTS
         return beside / "checkpoints" / self.study_name
+
+
+def pip_command(*packages: str) -> str:
+    """Return the command that installs packages where this Python runs: image, or machine."""
+    image = os.environ.get("APPTAINER_CONTAINER")
+    if image:  # where there is a network, that is on the login node
+        return (
+            f"apptainer exec --bind /tmpdir,/work {image} pip install --user {' '.join(packages)}"
+        )
+    return f"{sys.executable} -m pip install {' '.join(packages)}"
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:

@@ -7,7 +7,8 @@ run-optuna-multinode_Turpan.sh and of README.txt:
     STUDY_NAME     its name in that database     mnist_hpo
     TOTAL_TRIALS   trials in the whole study     500
     PY_SCRIPT      the script with the objective optuna_mnist.py
-    DIRECTION      minimize or maximize          minimize
+    DIRECTION      minimize or maximize          minimize (or one for each of OBJECTIVES)
+    OBJECTIVES     loss,parameters               none: the script's first, alone
     SAMPLER        see hpo/samplers.py           tpe
     PRUNER         see hpo/samplers.py           median
     SEED           of the samplers and models    none: every start is different
@@ -35,8 +36,8 @@ from urllib.parse import urlsplit
 SCRIPTS = Path(__file__).resolve().parent.parent  # code_and_slurm-scripts/
 SQLITE_PREFIX = "sqlite:///"
 SERVER_URLS = ("postgresql", "mysql", "journal", "grpc")  # besides sqlite; see hpo/storage.py
-SAMPLERS = ("tpe", "random")
-PRUNERS = ("median", "percentile", "halving", "hyperband", "none")
+SAMPLERS = ("tpe", "random", "grid", "cmaes", "bruteforce", "nsgaii", "gp", "qmc")
+PRUNERS = ("median", "percentile", "halving", "hyperband", "wilcoxon", "none")
 DIRECTIONS = ("minimize", "maximize")
 TRAIN_IMAGES = 50_000  # of the 60 000; the other 10 000 are for validation
 
@@ -53,7 +54,9 @@ class Settings:
     study_name: str
     total_trials: int
     py_script: str  # file name of the script with the objective
-    direction: str
+    direction: str  # of the first objective
+    directions: tuple[str, ...]  # of all
+    objectives: tuple[str, ...]  # names; () for the one of the script
     sampler: str
     pruner: str
     seed: int | None
@@ -74,12 +77,16 @@ class Settings:
         """
         env: dict[str, str] = {name: value for name, value in os.environ.items() if value}
         env.update(overrides)
+        objectives = _objectives(env)
+        directions = _directions(env, max(1, len(objectives)))
         return cls(
             study_db=_study_url(env.get("STUDY_DB", "sqlite:///study.db")),
             study_name=_study_name(env.get("STUDY_NAME", "mnist_hpo")),
             total_trials=_integer(env, "TOTAL_TRIALS", "500", 1),
             py_script=Path(env.get("PY_SCRIPT", "optuna_mnist.py")).name,
-            direction=_choice(env, "DIRECTION", "minimize", DIRECTIONS),
+            direction=directions[0],
+            directions=directions,
+            objectives=objectives,
             sampler=_choice(env, "SAMPLER", "tpe", SAMPLERS),
             pruner=_choice(env, "PRUNER", "median", PRUNERS),
             seed=_integer(env, "SEED", "0", 0) if "SEED" in env else None,
@@ -131,6 +138,25 @@ def _choice(env: Mapping[str, str], name: str, default: str, legal: tuple[str, .
     if value not in legal:
         raise UserError(f"{name}={value!r} is unknown; choose one of: {', '.join(legal)}")
     return value
+
+
+def _objectives(env: Mapping[str, str]) -> tuple[str, ...]:
+    """Split OBJECTIVES; whether the script knows the names, hpo/objectives.py says."""
+    names = tuple(filter(None, (name.strip() for name in env.get("OBJECTIVES", "").split(","))))
+    if len(set(names)) < len(names):
+        raise UserError(f"OBJECTIVES={env['OBJECTIVES']!r} names one twice")
+    if len(names) > 1 and env.get("SAMPLER", "").lower() == "cmaes":
+        raise UserError("SAMPLER=cmaes has one objective only; for several use nsgaii or tpe")
+    return names
+
+
+def _directions(env: Mapping[str, str], number: int) -> tuple[str, ...]:
+    """Return one direction per objective; one alone is for all of them."""
+    words = env.get("DIRECTION", "minimize").split(",")
+    if len(words) not in (1, number):
+        raise UserError(f"DIRECTION has {len(words)} directions for {number} objectives")
+    legal = tuple(_choice({"DIRECTION": w.strip()}, "DIRECTION", "", DIRECTIONS) for w in words)
+    return legal * number if len(legal) == 1 else legal
 
 
 def _integer(

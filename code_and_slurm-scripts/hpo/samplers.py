@@ -155,6 +155,7 @@ def make_sampler(
     """
     from optuna import samplers
 
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
     makers: dict[str, Callable[[], BaseSampler]] = {
         "tpe": lambda: samplers.TPESampler(seed=seed),
         "random": lambda: samplers.RandomSampler(seed=seed),

@@ -155,10 +155,10 @@ def step_parts(config: Config, images: int, device: torch.device) -> dict[str, f
 
 def main() -> None:
     """Answer requests until standard input ends."""
+    torch.set_num_threads(1)
     if sys.argv[1] == "ours":
         from hpo.training import pick_device
 
-        torch.set_num_threads(1)  # as the launch scripts say; the guide leaves it at one per core
         device = pick_device()
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

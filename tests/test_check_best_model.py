@@ -18,10 +18,11 @@ import torch
 import optuna_mnist
 from common import SCRIPTS, SMALL, Run
 from fake_study import fill
-from hpo import checkpoint, mnist, progress
+from hpo import checkpoint, progress
 from hpo.export import mean_and_deviation
 from hpo.settings import Settings
 from hpo.storage import create_or_open_study
+from hpo.training import Trainer
 
 CHECK = SCRIPTS / "check_best_model.py"
 
@@ -165,12 +166,11 @@ def test_retrain_says_mean_and_deviation(trained: optuna.Study, run: Run) -> Non
 def test_final_training_uses_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def count(model: object, optimizer: object, images: mnist.Images, batch_size: int) -> float:
-        seen.append(len(images.labels))
-        assert len(images.images) == len(images.labels)
-        return 0.0
+    def count(trainer: Trainer) -> None:
+        seen.append(len(trainer.data.labels))
+        assert len(trainer.data.images) == len(trainer.data.labels)
 
-    monkeypatch.setattr(optuna_mnist, "train_epoch", count)
+    monkeypatch.setattr(Trainer, "train_epoch", count)
     monkeypatch.delenv("TRAIN_IMAGES")
     optuna_mnist.train_final({**SMALL, "num_classes": 10}, 0)
     assert seen == [60_000] * 3

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from training_result import MIDDLE, rank_correlation, train_both
 
-from benchmarks.training_result import MIDDLE, rank_correlation, train_both
 from common import BUNDLE
 
 FOLDER = BUNDLE / "tests" / "benchmarks"

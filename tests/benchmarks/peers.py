@@ -38,7 +38,7 @@ CONFIG = {
 RATES = [1e-4 * 50 ** (number / (TRIALS - 1)) for number in range(TRIALS)]
 ENQUEUE = """
 import sys; from hpo.settings import Settings; from hpo.storage import create_or_open_study
-from benchmarks.peers import CONFIG, RATES
+from peers import CONFIG, RATES
 study = create_or_open_study(Settings.from_env())
 for lr in RATES: study.enqueue_trial({**CONFIG, "lr": lr})
 """

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = str(ROOT / "code_and_slurm-scripts")
 sys.path[:0] = [str(ROOT / "tests")]
 
-from benchmarks.peers import CONFIG  # noqa: E402
+from peers import CONFIG  # noqa: E402
 
 
 def train(config: dict[str, Any]) -> None:

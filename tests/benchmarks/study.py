@@ -23,7 +23,7 @@ from pathlib import Path
 SCRIPTS = Path(__file__).resolve().parents[2] / "code_and_slurm-scripts"
 sys.path[:0] = [str(SCRIPTS.parent / "tests")]
 
-from benchmarks.training import machine  # noqa: E402
+from training import machine  # noqa: E402
 
 # Starts the daemon that several workers on a GPU share, runs this file's workers, ends the daemon.
 WITH_MPS = "source hpo/mps.sh; start_mps; trap stop_mps EXIT; "

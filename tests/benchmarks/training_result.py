@@ -29,8 +29,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "code_and_slurm-scripts"), str(ROOT / "tests")]
 
-from benchmarks.training import machine  # noqa: E402
-from benchmarks.training_arms import GuideNet, eager, our_trainer  # noqa: E402
+from training import machine  # noqa: E402
+from training_arms import GuideNet, eager, our_trainer  # noqa: E402
+
 from hpo import mnist  # noqa: E402
 from hpo.training import evaluate, pick_device  # noqa: E402
 from optuna_mnist import search_space  # noqa: E402

@@ -1,13 +1,20 @@
 #!/usr/bin/env python3
 """How far the study is, its best parameters, and the test score of its best weights.
 
-    python check_best_model.py             at any time, from any folder, also while workers run
-    python check_best_model.py --watch     one line whenever something changes, until all is done
+    python check_best_model.py                at any time, from any folder, also while workers run
+    python check_best_model.py --watch        follow it until all trials are done
+    python check_best_model.py --report       pictures: report-STUDY_NAME/report.html and PNGs
+    python check_best_model.py --export DIR   the best model: weights, configuration, code
+    python check_best_model.py --retrain 5    the best configuration on all images, five seeds
 
 You should see:
 
     study mnist_hpo in sqlite:////…/code_and_slurm-scripts/study.db
     500 of 500 trials: 212 complete, 285 pruned, 3 failed, 0 running, 0 waiting
+      3 × out of memory (…)
+    top five
+      trial 341   0.0251   lr=0.00094 batch_size=32 …
+      …
     best_value  0.0251 (trial 341)
     best_params
       lr              0.00094
@@ -20,64 +27,115 @@ Without torch (a login node, a laptop) everything is shown but the test score.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
-import sys
-import time
-from collections import Counter
 from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.checkpoint import weights_path
-from hpo.settings import SCRIPTS, Settings, run_script
+from hpo.checkpoint import best_trials, weights_path
+from hpo.export import (
+    chosen_trial,
+    export,
+    load_script,
+    load_weights,
+    mean_and_deviation,
+    retrain,
+)
+from hpo.progress import counts, fail_reasons, follow, total_of
+from hpo.report import objective_names, write_report
+from hpo.settings import Settings, UserError, run_script
 from hpo.storage import open_study
 
-POLL_SECONDS = 2.0
+TOP = 5
 
 
 def main() -> int:
     """Print the state of the study of the environment; return the exit status."""
+    options = arguments()
+    settings = Settings.from_env()
+    study = open_study(settings)
+    if options.watch:
+        try:
+            follow(study, settings.total_trials)
+        except KeyboardInterrupt:  # ends the view, not the study
+            print()
+    elif options.report is not None:
+        folder = Path(options.report).absolute() if options.report else None
+        print(f"report          {write_report(study, settings, folder)}")
+    elif options.export:
+        trial = chosen_trial(study, options.trial)
+        export(study, settings, trial, Path(options.export))
+        print(f"trial {trial.number} is in {options.export}: python {options.export}/load_model.py")
+    elif options.retrain:
+        trial = chosen_trial(study, options.trial)
+        for name, scores in retrain(study, settings, trial, options.retrain).items():
+            print(f"{name:15} {mean_and_deviation(scores)}   ({options.retrain} seeds)")
+    else:
+        print_state(study, settings)
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    """Return the command line's options; argparse exits with status 2 where one is wrong."""
     parser = argparse.ArgumentParser(
         description="The study's progress, its best parameters and the score of its best weights.",
         epilog="STUDY_DB, STUDY_NAME and TOTAL_TRIALS come from the environment, as for a job.",
     )
-    parser.add_argument("--watch", action="store_true", help="follow the study until it is done")
-    watch = parser.parse_args().watch
-    settings = Settings.from_env()
-    study = open_study(settings)
-    if watch:
-        follow(study, settings.total_trials)
-        return 0
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--watch", action="store_true", help="follow the study until it is done")
+    what.add_argument("--report", nargs="?", const="", metavar="DIR", help="write the pictures")
+    what.add_argument("--export", metavar="DIR", help="write the best model into a new folder")
+    what.add_argument("--retrain", type=seeds, metavar="K", help="train it anew with K seeds")
+    parser.add_argument("--trial", type=int, metavar="N", help="take trial N, not the best one")
+    return parser.parse_args()
+
+
+def seeds(text: str) -> int:
+    """Return K of --retrain K; raises argparse's error for what is no number of seeds."""
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seeds from 1 to 1000")
+    return int(text)
+
+
+def print_state(study: optuna.Study, settings: Settings) -> None:
+    """Print how far the study is, what failed, the best trials, and their score."""
     print(f"study {study.study_name} in {settings.study_db}")
     trials = study.get_trials(deepcopy=False)
-    print(counts(trials, settings.total_trials))
+    print(counts(trials, total_of(study, settings.total_trials)))
     for reason, number in fail_reasons(trials):
         print(f"  {number} × {reason}")
     if not any(trial.state == TrialState.COMPLETE for trial in trials):
         print("no trial has finished yet")
-        return 0
-    print_best(study)
-    print_test_scores(study, settings)
-    return 0
+    elif len(study.directions) > 1:
+        print_front(study)
+    else:
+        print("top five")
+        for trial in best_trials(study, TOP):
+            print(f"  trial {trial.number:<5} {trial.values[0]:.4f}   {parameters(trial)}")
+        print_best(study)
+        print_test_scores(study, settings)
 
 
-def counts(trials: list[FrozenTrial], total: int) -> str:
-    """Return one line: how many trials are in which state."""
-    number = Counter(trial.state for trial in trials)
-    done = sum(number[state] for state in TrialState if state.is_finished())
-    return (
-        f"{done} of {max(total, len(trials))} trials: {number[TrialState.COMPLETE]} complete, "
-        f"{number[TrialState.PRUNED]} pruned, {number[TrialState.FAIL]} failed, "
-        f"{number[TrialState.RUNNING]} running, {number[TrialState.WAITING]} waiting"
-    )
+def parameters(trial: FrozenTrial) -> str:
+    """Return a trial's parameters on one line."""
+    return " ".join(f"{name}={shown(value)}" for name, value in trial.params.items())
 
 
-def fail_reasons(trials: list[FrozenTrial]) -> list[tuple[str, int]]:
-    """Return why trials failed, the most frequent reason first."""
-    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-    return Counter(t.user_attrs.get("fail_reason", "unknown") for t in failed).most_common()
+def shown(value: object) -> str:
+    """Return a parameter's value as a person reads it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_front(study: optuna.Study) -> None:
+    """Print the trials that no other trial beats in all objectives, best of the first on top."""
+    names = objective_names(study)
+    front = sorted(study.best_trials, key=lambda trial: trial.values)
+    print(f"Pareto front of {', '.join(names)}: {len(front)} trials")
+    for trial in front:
+        values = "  ".join(f"{v:<10.6g}" for v in trial.values)
+        print(f"  trial {trial.number:<5} {values}  {parameters(trial)}")
+    print("one of them: --export DIR --trial N, --retrain K --trial N")
 
 
 def print_best(study: optuna.Study) -> None:
@@ -85,55 +143,27 @@ def print_best(study: optuna.Study) -> None:
     print(f"best_value  {study.best_value:.4f} (trial {study.best_trial.number})")
     print("best_params")
     for name, value in study.best_params.items():
-        print(f"  {name:15} {value:.4g}" if isinstance(value, float) else f"  {name:15} {value}")
+        print(f"  {name:15} {shown(value)}")
 
 
 def print_test_scores(study: optuna.Study, settings: Settings) -> None:
     """Score the best weights with the `test_model` function of the study's own script."""
-    path = weights_path(settings, study.best_trial.number)
-    script = Path(study.user_attrs.get("py_script", settings.py_script)).stem
-    if not path.exists():
-        print(f"test score: the weights of the best trial are not here ({path})")
-    elif not importlib.util.find_spec("torch"):
+    trial = study.best_trial
+    path = weights_path(settings, trial.number)
+    if path.exists() and not importlib.util.find_spec("torch"):
         print(f"test score: needs torch, which this Python has not; weights: {path}")
-    elif not (SCRIPTS / f"{script}.py").exists():
-        print(f"test score: {script}.py is not in {SCRIPTS}; weights: {path}")
-    else:
-        import torch
-
-        objective = importlib.import_module(script)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        config = objective.search_space(study.best_trial)
-        for name, score in objective.test_model(config, weights).items():
-            print(f"{name:15} {score:.4f}")
-        print(f"weights         {path}")
-
-
-def follow(study: optuna.Study, total: int) -> None:
-    """Print a line whenever a trial starts or ends, until `total` trials are finished."""
-    begin, first, last = time.monotonic(), -1, ""
-    while True:
-        trials = study.get_trials(deepcopy=False)
-        done = sum(trial.state.is_finished() for trial in trials)
-        first = done if first < 0 else first
-        line = counts(trials, total)
-        if line != last:
-            rate = (done - first) / max(time.monotonic() - begin, 1e-9)
-            print(f"{time.strftime('%H:%M:%S')} {line}; {outlook(study, total - done, rate)}")
-            sys.stdout.flush()
-            last = line
-        if done >= total:
-            return
-        time.sleep(POLL_SECONDS)
-
-
-def outlook(study: optuna.Study, left: int, rate: float) -> str:
-    """Return the best value so far and the time left at `rate` trials per second."""
+        return
     try:
-        best = f"best {study.best_value:.4f} (trial {study.best_trial.number})"
-    except ValueError:  # Optuna's word for: no trial is complete
-        best = "no trial has finished yet"
-    return f"{best}, about {left / rate / 60:.0f} min left" if rate and left else best
+        if not path.exists():
+            raise UserError(f"the weights of the best trial are not here ({path})")
+        script = load_script(study, settings)
+        weights = load_weights(settings, trial.number)
+    except UserError as error:  # everything else has been shown
+        print(f"test score: {error}")
+        return
+    for name, score in script.test_model(script.search_space(trial), weights).items():
+        print(f"{name:15} {score:.4f}")
+    print(f"weights         {path}")
 
 
 if __name__ == "__main__":

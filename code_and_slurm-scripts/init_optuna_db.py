@@ -18,6 +18,8 @@ from __future__ import annotations
 import sys
 
 from hpo import mnist
+from hpo.objectives import check_objectives
+from hpo.samplers import check_packages
 from hpo.served_storage import forget_dead_server
 from hpo.settings import Settings, UserError, run_script
 from hpo.sqlite_storage import SQLiteStorage
@@ -30,6 +32,8 @@ def main() -> int:
     if len(arguments) > 2:
         raise UserError("too many arguments; usage: init_optuna_db.py [STUDY_DB] [STUDY_NAME]")
     settings = Settings.from_env(**dict(zip(("STUDY_DB", "STUDY_NAME"), arguments, strict=False)))
+    check_objectives(settings)
+    check_packages(settings)
     if settings.py_script == "optuna_mnist.py":  # a script of your own prepares its own data
         mnist.prepare()
     forget_dead_server(settings)

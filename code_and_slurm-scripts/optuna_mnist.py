@@ -27,15 +27,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpo import checkpoint, mnist
+from hpo.objectives import chosen
+from hpo.samplers import space_form
 from hpo.settings import Settings, run_script
-from hpo.training import evaluate, fused_adam, pick_device, train_epoch
+from hpo.training import Trainer, evaluate, fused_adam, pick_device
 from hpo.worker import run_worker
 
 # ---------- 1. The search space: EDIT ----------
 
 
 def search_space(trial: optuna.Trial | optuna.trial.FrozenTrial) -> dict[str, Any]:
-    """Return one configuration; every `suggest_*` call of the study is in this function."""
+    """Return one configuration; every `suggest_*` call of the study is in this part.
+
+    Some samplers need another form of the same space; with those that you do not use, leave
+    their two functions out.
+    """
+    if space_form() == "finite":
+        return finite_space(trial)
+    if space_form() == "numeric":
+        return numeric_space(trial)
     return {
         "lr": trial.suggest_float("lr", 1e-4, 5e-3, log=True),
         "batch_size": trial.suggest_categorical("batch_size", [16, 32, 64, 128]),
@@ -45,6 +55,36 @@ def search_space(trial: optuna.Trial | optuna.trial.FrozenTrial) -> dict[str, An
         "kernel2": trial.suggest_categorical("kernel2", [3, 5, 7]),
         "fc_dim": trial.suggest_categorical("fc_dim", [64, 128, 256, 512]),
         "epochs": trial.suggest_categorical("epochs", [2, 3, 5]),
+        "num_classes": 10,
+    }
+
+
+def finite_space(trial: optuna.Trial | optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """Lists alone, for SAMPLER=grid and bruteforce: these make 3 × 2⁶ = 192 combinations."""
+    return {
+        "lr": trial.suggest_categorical("lr", [3e-4, 1e-3, 3e-3]),
+        "batch_size": trial.suggest_categorical("batch_size", [32, 128]),
+        "conv1_channels": trial.suggest_categorical("conv1_channels", [16, 32]),
+        "conv2_channels": trial.suggest_categorical("conv2_channels", [32, 64]),
+        "kernel1": trial.suggest_categorical("kernel1", [3, 5]),
+        "kernel2": trial.suggest_categorical("kernel2", [3, 5]),
+        "fc_dim": trial.suggest_categorical("fc_dim", [128, 256]),
+        "epochs": trial.suggest_categorical("epochs", [3]),
+        "num_classes": 10,
+    }
+
+
+def numeric_space(trial: optuna.Trial | optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """Numbers alone, for SAMPLER=cmaes and gp, which move along an axis from good to better."""
+    return {
+        "lr": trial.suggest_float("lr", 1e-4, 5e-3, log=True),
+        "batch_size": trial.suggest_int("batch_size", 16, 128, step=16),
+        "conv1_channels": trial.suggest_int("conv1_channels", 8, 64, step=8),
+        "conv2_channels": trial.suggest_int("conv2_channels", 16, 128, step=16),
+        "kernel1": trial.suggest_int("kernel1", 3, 7, step=2),
+        "kernel2": trial.suggest_int("kernel2", 3, 7, step=2),
+        "fc_dim": trial.suggest_int("fc_dim", 64, 512, step=64),
+        "epochs": trial.suggest_int("epochs", 2, 5),
         "num_classes": 10,
     }
 
@@ -71,6 +111,11 @@ class CNN(nn.Module):
         return self.fc2(x)  # type: ignore[no-any-return]
 
 
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """Return the untrained net of one configuration; an exported model is loaded with it, too."""
+    return CNN(config)
+
+
 # ---------- 3. Training one configuration: EDIT ----------
 
 
@@ -89,11 +134,12 @@ def train_model(config: dict[str, Any], trial: optuna.Trial | None = None) -> fl
     training, validation = mnist.load_training(device, Settings.from_env().train_images)
     model = CNN(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = fused_adam(model, config["lr"])
+    trainer = Trainer(model, optimizer, training, config["batch_size"])
 
     # A trial that was interrupted goes on where it stopped: its finished epochs are in `losses`.
     losses = checkpoint.load(trial, model, optimizer)
     for epoch in range(len(losses), config["epochs"]):
-        train_epoch(model, optimizer, training, config["batch_size"])
+        trainer.train_epoch()
         loss, _ = evaluate(model, validation)
         losses.append(loss)
         if trial:
@@ -104,17 +150,40 @@ def train_model(config: dict[str, Any], trial: optuna.Trial | None = None) -> fl
     return losses[-1]
 
 
+def train_final(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """Train on all images that the trials trained on or were judged by; return the weights.
+
+    For check_best_model.py --retrain: once the configuration is chosen, no image is left out.
+    """
+    device = pick_device()
+    torch.manual_seed(seed)
+    parts = mnist.load_training(device, Settings.from_env().train_images)
+    images = mnist.Images(*(torch.cat(both) for both in zip(*parts, strict=True)))
+    model = CNN(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = fused_adam(model, config["lr"])
+    trainer = Trainer(model, optimizer, images, config["batch_size"])
+    for _ in range(config["epochs"]):
+        trainer.train_epoch()
+    return dict(model.state_dict())
+
+
 # ---------- 4. The objective: EDIT ----------
 
 
-def objective(trial: optuna.Trial) -> float:
-    """Return the number that the study minimises.
+OBJECTIVES = ("loss", "parameters")  # what OBJECTIVES=loss,parameters may name; the first alone
+
+
+def objective(trial: optuna.Trial) -> float | tuple[float, ...]:
+    """Return the number that the study minimises; with OBJECTIVES=loss,parameters, both.
 
     It is the loss on 10 000 validation images, not the training loss of the published guide: the
     training loss falls with every further epoch and every further channel, so its best trial is
     the one that has learnt its images by heart.  The test images stay unseen until the end.
     """
-    return train_model(search_space(trial), trial)
+    config = search_space(trial)
+    with torch.device("meta"):  # counts parameters without making them
+        parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
+    return chosen({"loss": train_model(config, trial), "parameters": parameters})
 
 
 def test_model(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, float]:

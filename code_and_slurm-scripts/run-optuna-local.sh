@@ -21,6 +21,7 @@ export SEED="${SEED-6}" # the same first trials on every machine; empty: never t
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source code_and_slurm-scripts/hpo/venv.sh
+source code_and_slurm-scripts/hpo/mps.sh
 make_venv .venv run
 python=$PWD/.venv/bin/python
 logs=$PWD/logs
@@ -31,7 +32,12 @@ gpus=0
 if command -v nvidia-smi >/dev/null; then
     gpus=$(nvidia-smi --list-gpus | wc -l)
 fi
-workers=$((gpus > 0 ? gpus : $(nproc)))
+export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}" # on a large GPU, 2 to 4 small nets share it well
+workers=$((gpus > 0 ? gpus * WORKERS_PER_GPU : $(nproc)))
+if ((gpus > 0 && WORKERS_PER_GPU > 1)); then
+    start_mps
+    trap stop_mps EXIT
+fi
 if ((gpus == 0)); then
     export OMP_NUM_THREADS=1 # two workers of one thread beat one worker of two
 fi

@@ -114,7 +114,7 @@ def test_resumed_trial_equals_the_uninterrupted_one(study: optuna.Study) -> None
 def test_worker_keeps_the_weights_of_the_best_trial_only(study: optuna.Study, run: Run) -> None:
     for lr in (1e-4, 3e-3, 5e-4):
         study.enqueue_trial({**SMALL, "lr": lr, "epochs": 2})
-    result = run("optuna_mnist.py", TOTAL_TRIALS="3", PRUNER="none")
+    result = run("optuna_mnist.py", TOTAL_TRIALS="3", PRUNER="none", KEEP_BEST="1")
     assert result.returncode == 0, result.stdout + result.stderr
     assert [trial.state for trial in study.get_trials()] == [TrialState.COMPLETE] * 3
     assert study.best_trial.number == 1

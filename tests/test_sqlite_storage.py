@@ -485,5 +485,38 @@ def test_a_forked_child_has_its_own_connection(path: Path) -> None:
     assert sorted(read_trials(path)[0].intermediate_values) == [0, 9]
 
 
+def test_fork_never_splits_another_threads_transaction(path: Path) -> None:
+    study = open_study(path)
+    storage, trial = storage_of(study), study.ask()
+    stop = threading.Event()
+
+    def renew() -> None:
+        while not stop.is_set():
+            storage.renew_lease(trial._trial_id)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    # Each child would wait for ever if it inherited a lock that only the parent's thread frees.
+    children = [fork(storage.get_n_trials, study._study_id) for _ in range(40)]
+    stop.set()
+    thread.join()
+    deadline, ends = time.monotonic() + 30, list[int]()
+    while children and time.monotonic() < deadline:
+        pid, status = os.waitpid(children[0], os.WNOHANG)
+        if pid:
+            ends.append(status)
+            children.pop(0)
+        else:
+            time.sleep(0.01)
+    for pid in children:
+        kill(pid)
+    assert ends == [0] * 40
+    study.tell(trial, 1.0)
+    check_study(path, 1, reports=None)
+
+
 def suggest_and_report(trial: optuna.Trial) -> None:
+    file = storage_of(trial.study).file
+    inherited = file._connection
     trial.report(0.0, 0)
+    assert file.connection() is not inherited

@@ -264,14 +264,14 @@ def test_disk_full_while_the_file_is_created(tmp_path: Path) -> None:
 # ---- damage --------------------------------------------------------------------------------
 
 
-def _damage(path: Path) -> bytes:
-    """Overwrite the middle of the file, as a bad disk or a careless copy does."""
+def _damage(path: Path) -> None:
+    """Overwrite the rows of trials, as a bad disk does; what one reads to open it is healthy."""
+    tables = path.stat().st_size // 4096
     work(path, 0, 20)
     content = bytearray(path.read_bytes())
-    for page in range(2, len(content) // 4096 - 1):
+    for page in range(tables, len(content) // 4096):
         content[page * 4096 : page * 4096 + 100] = b"\xff" * 100
     path.write_bytes(content)
-    return bytes(content)
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "cut", "damaged", "other"])
@@ -288,7 +288,6 @@ def test_corrupt_file_is_named_and_left_untouched(path: Path, kind: str) -> None
     with pytest.raises(CorruptStudy) as caught:
         SQLiteStorage(path, owner="test")
     assert str(path) in str(caught.value)
-    assert "left as it is" in str(caught.value)
     assert "left as it is" in str(caught.value)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (before, modified)
     assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -7,7 +7,8 @@ Everything lies in checkpoints/STUDY_NAME/ beside study.db:
 
     trial-00012.state.pt      while trial 12 is not finished: model, optimiser, random states,
                               losses; a trial that was interrupted goes on from here
-    trial-00012.weights.pt    the state_dict of the best trial so far, and nothing else
+    trial-00012.weights.pt    the state_dict of one of the KEEP_BEST best trials so far (of several
+                              objectives: of the Pareto front), and nothing else
 
 A file is written under another name, flushed to disk and renamed, so that a reader finds the old
 one or the new one, never half of one.  Only tensors and numbers are stored, and files are read
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from hpo.settings import Settings
 
@@ -96,18 +98,28 @@ def keep_weights(number: int) -> None:
 
 
 def tidy(study: optuna.Study) -> None:
-    """Remove what finished trials have left, except for the weights of the best one.
+    """Remove what finished trials have left, except for the weights of the best KEEP_BEST.
 
-    Another worker may be about to finish a better trial: files of unfinished trials stay.
+    Another worker may be about to finish a better trial: files of unfinished trials stay.  The
+    half-written files of a worker that was killed go with the others of its trial.
     """
+    settings = Settings.from_env()
     trials = study.get_trials(deepcopy=False)
     finished = {trial.number for trial in trials if trial.state.is_finished()}
-    complete = any(trial.state == TrialState.COMPLETE for trial in trials)
-    best = study.best_trial.number if complete else None
-    for path in Settings.from_env().checkpoints.glob("trial-*.pt"):
-        match = re.fullmatch(r"trial-(\d+)\.(state|weights)\.pt", path.name)
-        if match and int(match[1]) in finished and (int(match[1]), match[2]) != (best, "weights"):
+    keep = {weights_path(settings, t.number) for t in best_trials(study, settings.keep_best)}
+    for path in settings.checkpoints.glob("trial-*"):
+        match = re.fullmatch(r"trial-(\d+)\.(?:state|weights)\.(?:pt|.+\.tmp)", path.name)
+        if match and int(match[1]) in finished and path not in keep:
             path.unlink(missing_ok=True)
+
+
+def best_trials(study: optuna.Study, most: int) -> list[FrozenTrial]:
+    """Return the best complete trials, the best first; with several objectives the whole front."""
+    if len(study.directions) > 1:
+        return study.best_trials
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
+    return sorted(complete, key=lambda trial: (sign * trial.values[0], trial.number))[:most]
 
 
 def weights_path(settings: Settings, number: int) -> Path:

@@ -22,6 +22,7 @@ check_settings() {
     if [[ $STUDY_DB == sqlite:///[!/]* ]]; then # absolute: the workers may stand elsewhere
         STUDY_DB=sqlite:///$scripts/${STUDY_DB#sqlite:///}
     fi
+    export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}" # a task per GPU; each starts so many workers
     export CONTAINER PY_SCRIPT STUDY_DB STUDY_NAME TOTAL_TRIALS SAMPLER PRUNER
     "${in_container[@]}" python -c 'import sys, optuna; sys.exit(optuna.__version__[:2] != "5.")' ||
         die "Optuna 5 is not installed in the image; on the login node, once:
@@ -69,7 +70,8 @@ serve_study() {
     "${in_container[@]}" python -c 'import grpc, google.protobuf' 2>/dev/null ||
         die "that needs two more packages in the image; on the login node, once:
     apptainer exec --bind /tmpdir,/work $CONTAINER pip install --user grpcio protobuf"
-    "${in_container[@]}" python -m hpo.served_storage "$tasks" >>"$logs/$SLURM_JOB_ID.server.out" 2>&1 &
+    "${in_container[@]}" python -m hpo.served_storage \
+        $((tasks * WORKERS_PER_GPU)) >>"$logs/$SLURM_JOB_ID.server.out" 2>&1 &
     server=$!
     local file=${STUDY_DB#sqlite:///}.server seconds
     for ((seconds = 0; seconds < 60; seconds++)); do
@@ -81,7 +83,11 @@ serve_study() {
 }
 
 run_workers() {
-    "${on_every_gpu[@]}" --output="$logs/%j.%t.out" \
+    local several=()
+    if ((WORKERS_PER_GPU > 1)); then
+        several=(bash hpo/mps.sh)
+    fi
+    "${on_every_gpu[@]}" --output="$logs/%j.%t.out" "${several[@]}" \
         bash hpo/keep_running.sh "${in_container[@]}" python -u "$PY_SCRIPT" || status=$?
     if ((status != 0)); then
         echo "A worker ended with status $status; the reason is at the end of its log:" >&2

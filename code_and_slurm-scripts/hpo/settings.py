@@ -7,11 +7,14 @@ run-optuna-multinode_Turpan.sh and of README.txt:
     STUDY_NAME     its name in that database     mnist_hpo
     TOTAL_TRIALS   trials in the whole study     500
     PY_SCRIPT      the script with the objective optuna_mnist.py
-    DIRECTION      minimize or maximize          minimize
+    DIRECTION      minimize or maximize          minimize (or one for each of OBJECTIVES)
+    OBJECTIVES     loss,parameters               none: the script's first, alone
     SAMPLER        see hpo/samplers.py           tpe
     PRUNER         see hpo/samplers.py           median
     SEED           of the samplers and models    none: every start is different
     TRAIN_IMAGES   images that a trial trains on 50000 (fewer for a quick try)
+    WORKERS_PER_GPU workers that share one GPU   1
+    KEEP_BEST      best trials whose weights stay on disk  3
     LEASE_GRACE    seconds without a sign of life after which a trial goes back to the queue  60
 
 The launch scripts set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix seconds)
@@ -34,8 +37,8 @@ from urllib.parse import urlsplit
 SCRIPTS = Path(__file__).resolve().parent.parent  # code_and_slurm-scripts/
 SQLITE_PREFIX = "sqlite:///"
 SERVER_URLS = ("postgresql", "mysql", "journal", "grpc")  # besides sqlite; see hpo/storage.py
-SAMPLERS = ("tpe", "random")
-PRUNERS = ("median", "percentile", "halving", "hyperband", "none")
+SAMPLERS = ("tpe", "random", "grid", "cmaes", "bruteforce", "nsgaii", "gp", "qmc")
+PRUNERS = ("median", "percentile", "halving", "hyperband", "wilcoxon", "none")
 DIRECTIONS = ("minimize", "maximize")
 TRAIN_IMAGES = 50_000  # of the 60 000; the other 10 000 are for validation
 
@@ -52,11 +55,15 @@ class Settings:
     study_name: str
     total_trials: int
     py_script: str  # file name of the script with the objective
-    direction: str
+    direction: str  # of the first objective
+    directions: tuple[str, ...]  # of all
+    objectives: tuple[str, ...]  # names; () for the one of the script
     sampler: str
     pruner: str
     seed: int | None
     train_images: int
+    workers_per_gpu: int  # the launch scripts start them
+    keep_best: int  # trials whose weights are kept
     lease_grace: float  # seconds
     rank: int  # of this worker among the workers of its job: 0, 1, …
     job_id: str  # of Slurm, with ".1" after the first requeue; "" outside of it
@@ -72,16 +79,22 @@ class Settings:
         """
         env: dict[str, str] = {name: value for name, value in os.environ.items() if value}
         env.update(overrides)
+        objectives = _objectives(env)
+        directions = _directions(env, max(1, len(objectives)))
         return cls(
             study_db=_study_url(env.get("STUDY_DB", "sqlite:///study.db")),
             study_name=_study_name(env.get("STUDY_NAME", "mnist_hpo")),
             total_trials=_integer(env, "TOTAL_TRIALS", "500", 1),
             py_script=Path(env.get("PY_SCRIPT", "optuna_mnist.py")).name,
-            direction=_choice(env, "DIRECTION", "minimize", DIRECTIONS),
+            direction=directions[0],
+            directions=directions,
+            objectives=objectives,
             sampler=_choice(env, "SAMPLER", "tpe", SAMPLERS),
             pruner=_choice(env, "PRUNER", "median", PRUNERS),
             seed=_integer(env, "SEED", "0", 0) if "SEED" in env else None,
             train_images=_integer(env, "TRAIN_IMAGES", str(TRAIN_IMAGES), 128, TRAIN_IMAGES),
+            workers_per_gpu=_integer(env, "WORKERS_PER_GPU", "1", 1, 16),
+            keep_best=_integer(env, "KEEP_BEST", "3", 1),
             lease_grace=float(_integer(env, "LEASE_GRACE", "60", 1)),
             rank=_integer(env, "WORKER_RANK", env.get("SLURM_PROCID", "0"), 0),
             job_id=_job_id(env),
@@ -103,6 +116,16 @@ class Settings:
         return beside / "checkpoints" / self.study_name
 
 
+def pip_command(*packages: str) -> str:
+    """Return the command that installs packages where this Python runs: image, or machine."""
+    image = os.environ.get("APPTAINER_CONTAINER")
+    if image:  # where there is a network, that is on the login node
+        return (
+            f"apptainer exec --bind /tmpdir,/work {image} pip install --user {' '.join(packages)}"
+        )
+    return f"{sys.executable} -m pip install {' '.join(packages)}"
+
+
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's `main` and exit with its status; 2 and no traceback for a `UserError`."""
     try:
@@ -118,6 +141,25 @@ def _choice(env: Mapping[str, str], name: str, default: str, legal: tuple[str, .
     if value not in legal:
         raise UserError(f"{name}={value!r} is unknown; choose one of: {', '.join(legal)}")
     return value
+
+
+def _objectives(env: Mapping[str, str]) -> tuple[str, ...]:
+    """Split OBJECTIVES; whether the script knows the names, hpo/objectives.py says."""
+    names = tuple(filter(None, (name.strip() for name in env.get("OBJECTIVES", "").split(","))))
+    if len(set(names)) < len(names):
+        raise UserError(f"OBJECTIVES={env['OBJECTIVES']!r} names one twice")
+    if len(names) > 1 and env.get("SAMPLER", "").lower() == "cmaes":
+        raise UserError("SAMPLER=cmaes has one objective only; for several use nsgaii or tpe")
+    return names
+
+
+def _directions(env: Mapping[str, str], number: int) -> tuple[str, ...]:
+    """Return one direction per objective; one alone is for all of them."""
+    words = env.get("DIRECTION", "minimize").split(",")
+    if len(words) not in (1, number):
+        raise UserError(f"DIRECTION has {len(words)} directions for {number} objectives")
+    legal = tuple(_choice({"DIRECTION": w.strip()}, "DIRECTION", "", DIRECTIONS) for w in words)
+    return legal * number if len(legal) == 1 else legal
 
 
 def _integer(

@@ -38,7 +38,7 @@ def create_or_open_study(settings: Settings) -> Study:
     path = settings.sqlite_path
     with clear_errors(settings):
         if path and not path.exists():
-            create_study_file(str(path), settings.study_name, [settings.direction])
+            create_study_file(str(path), settings.study_name, settings.directions)
         return _add_study(open_storage(settings), settings)
 
 
@@ -144,15 +144,15 @@ def _add_study(storage: BaseStorage, settings: Settings) -> Study:
     study = optuna.create_study(
         study_name=settings.study_name,
         storage=storage,
-        direction=StudyDirection[settings.direction.upper()],
+        directions=[StudyDirection[direction.upper()] for direction in settings.directions],
         load_if_exists=True,
     )
     owner = study.user_attrs.get("py_script", settings.py_script)
     found = (owner, [direction.name.lower() for direction in study.directions])
-    if found != (settings.py_script, [settings.direction]):
+    if found != (settings.py_script, list(settings.directions)):
         raise UserError(
             f"study {study.study_name!r} belongs to {owner} ({', '.join(found[1])}), not to "
-            f"{settings.py_script} ({settings.direction}); choose another STUDY_NAME"
+            f"{settings.py_script} ({', '.join(settings.directions)}); choose another STUDY_NAME"
         )
     if "py_script" not in study.user_attrs:
         study.set_user_attr("py_script", settings.py_script)

@@ -25,8 +25,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -34,15 +35,18 @@ from optuna.trial import TrialState
 
 from hpo import checkpoint
 from hpo.drain import Drain, Drained, DrainingPruner
-from hpo.samplers import make_pruner, make_sampler, sampler_seed
+from hpo.objectives import as_claimed, check_objectives
+from hpo.samplers import check_packages, make_pruner, make_sampler, sampler_seed
 from hpo.served_storage import ServedStorage
 from hpo.settings import Settings
+from hpo.space import Plan, adopt_space
 from hpo.sqlite_storage import NoTrialLeft, SQLiteStorage
 from hpo.storage import create_or_open_study
 from hpo.study_file import StudyFileError
 from hpo.upkeep import Upkeep
 
-Objective: TypeAlias = Callable[[optuna.Trial], float]
+Value: TypeAlias = "float | tuple[float, ...]"  # one number per objective
+Objective: TypeAlias = Callable[[optuna.Trial], Value]
 FAILURES_IN_A_ROW = 3  # without any success: then it is not the parameters, it is the objective
 POLL_SECONDS = 1.0  # while other workers run the last trials
 
@@ -57,19 +61,37 @@ def run_worker(objective: Objective) -> int:
     """
     settings = Settings.from_env(PY_SCRIPT=Path(objective.__code__.co_filename).name)
     _log_to_stdout(settings)
+    check_objectives(settings)
+    check_packages(settings)
     drain = Drain(settings.job_end)
     study = create_or_open_study(settings)
-    trials = len(study.get_trials(deepcopy=False))
-    study.sampler = make_sampler(
-        settings.sampler, sampler_seed(settings.seed, settings.rank, trials)
-    )
-    study.pruner = DrainingPruner(make_pruner(settings.pruner), drain)
+    settings = _prepare(study, settings, adopt_space(study, settings, objective.__globals__))
+    study.pruner = DrainingPruner(study.pruner, drain)
     try:
         with Upkeep(study, settings) as upkeep:
             return _run_trials(study, settings, objective, drain, upkeep)
     except StudyFileError as error:
         log.error("%s", error)
         return 1
+
+
+def _prepare(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
+    """Give the study its sampler and pruner; return the settings with its real TOTAL_TRIALS."""
+    seed = sampler_seed(settings.seed, settings.rank, len(study.get_trials(deepcopy=False)))
+    study.sampler = make_sampler(
+        settings.sampler,
+        seed,
+        study_seed=settings.seed,
+        space=plan.space,
+        combinations=plan.combinations,
+    )
+    if len(study.directions) > 1 and settings.pruner != "none":
+        log.info("several objectives: nothing is pruned (PRUNER=%s is not used)", settings.pruner)
+        settings = replace(settings, pruner="none")
+    study.pruner = make_pruner(settings.pruner)
+    if isinstance(study._storage, SQLiteStorage):
+        study._storage.total_trials = plan.total(settings.total_trials)
+    return replace(settings, total_trials=plan.total(settings.total_trials))
 
 
 def _run_trials(
@@ -104,7 +126,7 @@ def claim(study: optuna.Study, total_trials: int, drain: Drain) -> optuna.Trial 
         # Only the bundle's SQLite storage refuses in the same transaction; others overshoot a bit.
         if len(trials) < total_trials or any(t.state == TrialState.WAITING for t in trials):
             try:
-                return study.ask()
+                return as_claimed(study.ask())
             except NoTrialLeft:
                 continue
         if not _others_run(study):
@@ -147,16 +169,19 @@ def run_trial(
 
 def _call(
     objective: Objective, trial: optuna.Trial, drain: Drain
-) -> tuple[TrialState, float | None, str]:
+) -> tuple[TrialState, Value | None, str]:
     """Return the state that the trial should get, its value, and the reason of a FAIL."""
     try:
         with drain.interruptible():
             value = objective(trial)
-        if not isinstance(value, (int, float)):
+        values: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(number, (int, float)) for number in values):
             raise TypeError(f"the objective returned {value!r}, which is no number")
-        if math.isnan(value):
+        if len(values) != len(trial.study.directions):
+            raise TypeError(f"{len(values)} values for {len(trial.study.directions)} objectives")
+        if any(math.isnan(number) for number in values):
             return TrialState.FAIL, None, "the objective returned NaN"
-        return TrialState.COMPLETE, float(value), ""
+        return TrialState.COMPLETE, values if len(values) > 1 else float(values[0]), ""
     except optuna.TrialPruned:
         return TrialState.PRUNED, None, ""
     except (Drained, UpdateFinishedTrialError):  # the latter says LeaseLost, too
@@ -172,7 +197,7 @@ def _finish(
     study: optuna.Study,
     trial: optuna.Trial,
     state: TrialState,
-    value: float | None,
+    value: Value | None,
     reason: str,
 ) -> None:
     if state == TrialState.WAITING:
@@ -208,10 +233,13 @@ def _log_end(
     study: optuna.Study,
     trial: optuna.Trial,
     state: TrialState,
-    value: float | None,
+    value: Value | None,
     seconds: float,
 ) -> None:
-    what = state.name.lower() if value is None else f"complete: {value:.4f}"
+    if isinstance(value, tuple):
+        what = f"complete: {', '.join(f'{number:.6g}' for number in value)}"
+    else:
+        what = state.name.lower() if value is None else f"complete: {value:.4f}"
     if state == TrialState.WAITING:
         what = "back to the queue"
     params = " ".join(
@@ -219,7 +247,9 @@ def _log_end(
         for name, value in trial.params.items()
     )
     line = f"trial {trial.number} {what} after {seconds:.1f} s ({params})"
-    if any(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)):
+    if len(study.directions) > 1:
+        line += f"; {len(study.best_trials)} trials in the Pareto front"
+    elif any(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)):
         line += f"; best so far {study.best_value:.4f} (trial {study.best_trial.number})"
     log.info(line)
 

@@ -90,26 +90,32 @@ def _trace(storage: Any, callback: Callable[[str], None]) -> None:
 
 
 def overhead() -> None:
-    """Milliseconds that a trial costs beside its training, with 500 and 5 000 trials behind it."""
-    middle = {}
+    """Milliseconds that a trial costs beside its training, with 500 and 5 000 trials behind it.
+
+    With TPE most of it is TPE itself (see "in memory"); the random sampler shows the storage.
+    """
+    at_500: dict[str, float] = {}
     for past in (500, 5000):
         trials = past_trials(past)
+        for name in ("TPESampler", "RandomSampler"):
+            print(f"\nOverhead per trial after {past} trials, one worker, {name}")
+            values = in_rounds(lambda *where, t=trials, n=name: _overhead(*where, t, n))
+            at_500.setdefault(name, median(values[Engine.name]))
+            show(values, "ms", "12 ms" if past == 500 else f"2 x {at_500[name]:.1f} ms")
+            memory = optuna.create_study(sampler=getattr(optuna.samplers, name)(seed=0))
+            memory.pruner = optuna.pruners.MedianPruner()
+            memory.add_trials(trials)
+            print(f"  {'(in memory)':14} {_per_trial(memory):9.2f} ms   without any storage")
 
-        def measure(engine: type[Engine], folder: Path, trials: Any = trials) -> float:
-            with engine(folder) as running:
-                if engine is Floor:
-                    return running.worker(0, 40, 0.0, optuna.samplers.TPESampler()) / 40 * 1000
-                study = running.study(0, optuna.samplers.TPESampler(seed=0))
-                _fill(running, folder, trials)
-                return _per_trial(study)
 
-        print(f"\nOverhead per trial after {past} trials, one worker, TPE")
-        values = in_rounds(measure)
-        middle[past] = median(values[Engine.name])
-        show(values, "ms", "12 ms" if past == 500 else f"24 ms, or 2 x {middle[500]:.1f}")
-        memory = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-        memory.add_trials(trials)
-        print(f"  {'(in memory)':14} {_per_trial(memory):9.2f} ms   that is: TPE itself")
+def _overhead(engine: type[Engine], folder: Path, trials: Any, name: str) -> float:
+    with engine(folder) as running:
+        sampler = getattr(optuna.samplers, name)(seed=0)
+        if engine is Floor:
+            return running.worker(0, 40, 0.0, sampler) / 40 * 1000
+        study = running.study(0, sampler)
+        _fill(running, folder, trials)
+        return _per_trial(study)
 
 
 def _fill(running: Engine, folder: Path, trials: Any) -> None:

@@ -1,0 +1,188 @@
+"""How fast a trial trains: 12 configurations that span the search space, three ways to train.
+
+    python tests/benchmarks/training.py               about five minutes on two cores
+    python tests/benchmarks/training.py --rounds 1    a first look
+
+You should see the machine, one line per configuration, and a summary.  The columns:
+
+    guide, eager, ours   images per second (training_arms.py says what the three are)
+    /guide, /eager       median over the rounds of ours against the other in the same round
+    %peak                of the machine's own float32 matrix product, measured beside it
+    data                 gather and normalise, % of our step
+    µs/step              of ours; on a GPU also against replaying the bare graph, and what the
+                         capture costs, % of a trial of three epochs
+
+Every way is one process with one thread, so the table is per core; a round runs them one after the
+other for each configuration.  (With two threads the reference waits for its own threads as soon as
+anything else runs on the machine, and ours would look much better than it is.)  "Noise" is ours
+against ours, measured twice in the same round: the band of chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+NAMES = ("batch_size", "conv1_channels", "conv2_channels", "kernel1", "kernel2", "fc_dim")
+PANEL = (
+    (16, 8, 16, 3, 3, 64),
+    (128, 8, 16, 3, 3, 64),
+    (16, 16, 32, 5, 3, 128),
+    (64, 16, 32, 3, 5, 128),
+    (128, 32, 32, 5, 5, 256),
+    (32, 32, 64, 3, 3, 256),
+    (16, 32, 64, 5, 5, 128),
+    (64, 64, 64, 7, 3, 512),
+    (128, 16, 128, 3, 7, 64),
+    (16, 64, 128, 3, 3, 512),
+    (64, 64, 128, 5, 5, 256),
+    (128, 64, 128, 7, 7, 512),
+)
+ARMS = ("guide", "eager", "ours", "again")  # again: ours, for the noise
+GOAL_FLOP = 8e9  # of one measured epoch on a CPU: a tenth of a second or more
+
+
+class Arm:
+    """A process that trains in one way, on request."""
+
+    def __init__(self, way: str) -> None:
+        script = Path(__file__).with_name("training_arms.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), way],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+        )
+
+    def run(self, **request: Any) -> dict[str, float]:
+        """Train two epochs; return the seconds of each, and what else was asked for."""
+        assert self._process.stdin
+        assert self._process.stdout
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer: dict[str, float] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def flop(config: dict[str, Any]) -> float:
+    """Return the floating-point operations of training on one image."""
+    conv1, conv2, fc_dim = config["conv1_channels"], config["conv2_channels"], config["fc_dim"]
+    first: float = 28 * 28 * conv1 * config["kernel1"] ** 2
+    rest: float = (
+        14 * 14 * conv2 * conv1 * config["kernel2"] ** 2 + conv2 * 49 * fc_dim + fc_dim * 10
+    )
+    return 2.0 * (2 * first + 3 * rest)  # forward, weights' and inputs' gradient; images need none
+
+
+def images_per_epoch(config: dict[str, Any], on_gpu: bool) -> int:
+    """Return how many images to train on: all on a GPU, enough to measure on a CPU."""
+    if on_gpu:
+        return 50_000
+    size = int(config["batch_size"])
+    steps = max(4, round(GOAL_FLOP / flop(config) / size))
+    return max(128, min(4000 // size, steps) * size)
+
+
+def machine() -> tuple[str, bool]:
+    """Return the machine in words, and whether it has a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}", True
+    names = [n for n in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in n]
+    name = names[0].split(":")[1].strip() if names else platform.machine()
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}", False
+
+
+def measure(config: dict[str, Any], rounds: int, arms: dict[str, Arm], on_gpu: bool) -> Any:
+    """Return the rounds of one configuration: for each arm, images/s; then the parts of ours."""
+    images = images_per_epoch(config, on_gpu)
+    seen = images - images % config["batch_size"]  # the rest fills no batch
+    results = []
+    for number in range(rounds):
+        # The order changes, so that no way always runs after the same other one.
+        order = list(ARMS[number % 4 :] + ARMS[: number % 4])
+        answers = {
+            name: arms["ours" if name == "again" else name].run(
+                config=config, images=images, parts=name == "ours"
+            )
+            for name in order
+        }
+        speed = {name: seen / answers[name]["epoch"] for name in ARMS}
+        ours = answers["ours"]
+        step = ours["epoch"] / (seen / config["batch_size"])
+        speed |= {"step": step, "data": ours["data"] / step}
+        speed["peak"] = seen / ours["epoch"] * flop(config) / ours["peak"]
+        speed["capture"] = (ours["first"] - ours["epoch"]) / (ours["first"] + 2 * ours["epoch"])
+        speed["replay"] = step / ours.get("replay", math.nan)
+        results.append(speed)
+    return results
+
+
+def median_ratio(results: list[dict[str, float]], other: str) -> float:
+    """Return the median over the rounds of ours against `other` in the same round."""
+    return statistics.median(row["ours"] / row[other] for row in results)
+
+
+def print_row(config: tuple[int, ...], results: list[dict[str, float]], on_gpu: bool) -> None:
+    """Print the medians of one configuration."""
+    median = {key: statistics.median(row[key] for row in results) for key in results[0]}
+    text = " ".join(f"{value:4}" for value in config)
+    text += " ".join(f"{median[name]:9.0f}" for name in ("guide", "eager", "ours"))
+    text += f" {median_ratio(results, 'guide'):7.2f} {median_ratio(results, 'eager'):7.2f}"
+    text += f" {100 * median['peak']:6.0f} {100 * median['data']:6.2f} {1e6 * median['step']:9.0f}"
+    if on_gpu:
+        text += f" {median['replay']:8.3f} {100 * median['capture']:8.2f}"
+    print(text, flush=True)
+
+
+def print_summary(table: list[list[dict[str, float]]]) -> None:
+    """Print the geometric means and the band of chance."""
+    for other in ("guide", "eager"):
+        ratios = [median_ratio(results, other) for results in table]
+        mean = statistics.geometric_mean(ratios)
+        print(f"ours against {other}: {mean:.2f} × (geometric mean), least {min(ratios):.2f} ×")
+    noise = [median_ratio(results, "again") for results in table]
+    print(
+        f"noise, ours against ours: {statistics.geometric_mean(noise):.2f} ×, "
+        f"from {min(noise):.2f} × to {max(noise):.2f} ×"
+    )
+
+
+def main() -> None:
+    """Measure the panel and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--configurations", type=int, default=len(PANEL), help="of the panel")
+    options = parser.parse_args()
+    name, on_gpu = machine()
+    print(f"{name}; {options.rounds} rounds; load {os.getloadavg()[0]:.1f}")
+    print(
+        "bs   c1   c2   k1   k2   fc     guide     eager      ours  /guide  /eager  %peak", end=""
+    )
+    print("   data%   µs/step" + ("  /replay  capture%" if on_gpu else ""))
+    arms = {name: Arm(name) for name in ARMS[:3]}
+    table = []
+    for row in PANEL[: options.configurations]:
+        config = {**dict(zip(NAMES, row, strict=True)), "lr": 1e-3}
+        table.append(measure(config, options.rounds, arms, on_gpu))
+        print_row(row, table[-1], on_gpu)
+    print_summary(table)
+    for arm in arms.values():
+        arm.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""check_best_model.py: top five, reasons, the live view, export, final training, disk use."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+import optuna_mnist
+from common import SCRIPTS, SMALL, Run
+from fake_study import fill
+from hpo import checkpoint, progress
+from hpo.export import mean_and_deviation
+from hpo.settings import Settings
+from hpo.storage import create_or_open_study
+from hpo.training import Trainer
+
+CHECK = SCRIPTS / "check_best_model.py"
+
+
+@pytest.fixture
+def study() -> optuna.Study:
+    """Return the test's study, empty."""
+    return create_or_open_study(Settings.from_env())
+
+
+@pytest.fixture
+def trained(study: optuna.Study, run: Run) -> optuna.Study:
+    """Return the study with one trained trial."""
+    study.enqueue_trial({**SMALL, "epochs": 2})
+    assert run("optuna_mnist.py", TOTAL_TRIALS="1").returncode == 0
+    return study
+
+
+def test_top_five_and_fail_reasons(study: optuna.Study, run: Run) -> None:
+    fill(study, 40)
+    shown = run("check_best_model.py").stdout
+    complete = [trial for trial in study.trials if trial.values]
+    best = sorted(complete, key=lambda trial: trial.values[0])[:5]
+    rows = re.findall(r"^  trial (\d+) +(\S+)   lr=", shown, re.M)
+    assert rows == [(str(trial.number), f"{trial.values[0]:.4f}") for trial in best]
+    assert "  3 × out of memory (MemoryError)" in shown
+    assert f"the weights of the best trial are not here ({SCRIPTS.anchor}" in shown
+
+
+def test_without_evaluation_it_takes_a_second(study: optuna.Study, run: Run) -> None:
+    fill(study, 500)
+    begin = time.monotonic()
+    assert run("check_best_model.py").returncode == 0
+    seconds = time.monotonic() - begin
+    assert seconds < 1 + 1.5 * os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(("direction", "best"), [("minimize", [3, 1]), ("maximize", [0, 2])])
+def test_weights_of_the_best_few_are_kept(
+    direction: str, best: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIRECTION", direction)
+    monkeypatch.setenv("KEEP_BEST", "2")
+    study = create_or_open_study(Settings.from_env())
+    folder = Settings.from_env().checkpoints
+    folder.mkdir(parents=True)
+    for value in (0.9, 0.2, 0.8, 0.1):
+        number = study.ask().number
+        for name in ("state.pt", "weights.pt", "weights.n1-77.tmp"):
+            (folder / f"trial-{number:05d}.{name}").touch()
+        study.tell(number, value)
+    study.ask()  # another worker's
+    unfinished = folder / "trial-00004.state.pt"
+    notes = folder / "trial-notes.txt"
+    unfinished.touch()
+    notes.touch()
+    checkpoint.tidy(study)
+    kept = {checkpoint.weights_path(Settings.from_env(), number) for number in best}
+    assert set(folder.iterdir()) == {*kept, unfinished, notes}
+
+
+def test_export_loads_without_the_bundle(trained: optuna.Study, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "best"
+    result = run("check_best_model.py", "--export", str(folder))
+    assert result.returncode == 0, result.stderr
+    names = ["code", "config.json", "load_model.py", "metrics.json", "versions.json", "weights.pt"]
+    assert sorted(os.listdir(folder)) == names
+    config = json.loads((folder / "config.json").read_text())
+    assert config == {**SMALL, "epochs": 2, "num_classes": 10}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    weights = torch.load(folder / "weights.pt", weights_only=True)
+    assert metrics == {
+        "trial": 0,
+        "values": [trained.best_value],
+        **optuna_mnist.test_model(config, weights),
+    }
+    assert json.loads((folder / "versions.json").read_text())["torch"] == torch.__version__
+    elsewhere = folder.rename(tmp_path / "moved")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(elsewhere / "load_model.py")]
+    shown = subprocess.check_output(command, cwd="/", env=env, text=True)
+    number = sum(tensor.numel() for tensor in weights.values())
+    assert f"{number} parameters" in shown
+    assert list(tmp_path.glob(".*.tmp")) == []
+
+
+def test_export_overwrites_nothing(trained: optuna.Study, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("keep")
+    for target, says in (("mine", "exists already"), ("no/such", "does not exist; create it")):
+        result = run("check_best_model.py", "--export", str(tmp_path / target))
+        assert result.returncode == 2
+        assert says in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+    checkpoint.weights_path(Settings.from_env(), 0).unlink()
+    result = run("check_best_model.py", "--export", str(tmp_path / "new"))
+    assert result.returncode == 2
+    assert "the weights of trial 0 are not here" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--export", "x"], "has no complete trial yet"),
+        (["--retrain", "2"], "has no complete trial yet"),
+        (["--retrain", "0"], "no number of seeds"),
+        (["--retrain", "two"], "no number of seeds"),
+        (["--retrain", "2", "--export", "x"], "not allowed with"),
+    ],
+)
+def test_wrong_options(options: list[str], says: str, study: optuna.Study, run: Run) -> None:
+    result = run("check_best_model.py", *options)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_trial_that_is_not_there(trained: optuna.Study, run: Run) -> None:
+    result = run("check_best_model.py", "--retrain", "1", "--trial", "7")
+    assert result.returncode == 2
+    assert "--trial 7: there is no complete trial" in result.stderr
+
+
+def test_retrain_says_mean_and_deviation(trained: optuna.Study, run: Run) -> None:
+    result = run("check_best_model.py", "--retrain", "3")
+    assert result.returncode == 0, result.stderr
+    each = [float(x) for x in re.findall(r"^seed \d: .*test accuracy (\S+)$", result.stdout, re.M)]
+    assert len(each) == 3
+    assert len(set(each)) > 1  # another seed, another net
+    found = re.search(r"^test accuracy   (\S+) ± (\S+)   \(3 seeds\)$", result.stdout, re.M)
+    assert found
+    mean = sum(each) / 3
+    deviation = (sum((x - mean) ** 2 for x in each) / 2) ** 0.5
+    assert float(found[1]) == pytest.approx(mean, abs=1e-4)
+    assert float(found[2]) == pytest.approx(deviation, abs=1e-4)
+    assert mean_and_deviation([0.5]) == "0.5000"
+
+
+def test_final_training_uses_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def count(trainer: Trainer) -> None:
+        seen.append(len(trainer.data.labels))
+        assert len(trainer.data.images) == len(trainer.data.labels)
+
+    monkeypatch.setattr(Trainer, "train_epoch", count)
+    monkeypatch.delenv("TRAIN_IMAGES")
+    optuna_mnist.train_final({**SMALL, "num_classes": 10}, 0)
+    assert seen == [60_000] * 3
+
+
+def test_live_view_names_workers_and_time_left(study: optuna.Study) -> None:
+    fill(study, 24)
+    trial = study.ask()
+    trial.suggest_float("lr", 1e-4, 5e-3, log=True)
+    trial.report(0.25, 1)
+    trials = study.get_trials(deepcopy=False)
+    text = progress.view(study, trials, 48, 0.1)
+    assert "] 50 %" in text
+    assert "6.0 trials per minute" in text
+    assert "about 4 min left" in text
+    assert f"best {study.best_value:.4f} (trial {study.best_trial.number})" in text
+    host = os.uname().nodename
+    assert re.search(rf"  trial 24 +worker 0 on {host} +0:0\d   step 1: 0\.2500", text)
+    assert "  2 × out of memory (MemoryError)" in text
+
+
+def test_watch_refreshes_a_terminal(study: optuna.Study) -> None:
+    fill(study, 4)
+    controller, terminal = pty.openpty()
+    env = {**os.environ, "TOTAL_TRIALS": "4"}
+    subprocess.run([sys.executable, str(CHECK), "--watch"], env=env, stdout=terminal, timeout=60)
+    os.close(terminal)
+    shown = os.read(controller, 65536).decode()
+    assert shown.startswith(progress.CLEAR)
+    assert "] 100 %" in shown
+
+
+def test_watch_of_a_finite_study_ends_when_it_is_exhausted(study: optuna.Study, run: Run) -> None:
+    fill(study, 12)
+    study.set_user_attr("combinations", 12)
+    shown = run("check_best_model.py", "--watch").stdout
+    assert "12 of 12 trials" in shown
+    assert progress.CLEAR not in shown
+    assert "12 of 12 trials" in run("check_best_model.py").stdout

@@ -1,0 +1,205 @@
+"""One step, eager or captured; the data path; what a worker imports; memory that is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import optuna_mnist
+from common import SCRIPTS, SMALL
+from hpo import mnist, training
+from hpo.training import Trainer, evaluate, fused_adam, normalise, pick_device
+
+CONFIG = {**SMALL, "num_classes": 10}
+
+
+def make_trainer(images: int = 640, lr: float = 1e-3, seed: int = 0) -> Trainer:
+    """Return a trainer of the smallest net, ten steps an epoch."""
+    torch.manual_seed(seed)
+    model = optuna_mnist.CNN(CONFIG).to(memory_format=torch.channels_last)
+    data, _ = mnist.load_training(pick_device(), images)
+    return Trainer(model, fused_adam(model, lr), data, batch_size=64)
+
+
+def weights(trainer: Trainer) -> Tensor:
+    """Return all parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_normalise_is_torchvisions() -> None:
+    from torchvision import transforms
+
+    steps = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((training.MEAN,), (training.STD,))]
+    )
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(7)[: 2 * 784].view(2, 1, 28, 28)
+    expected = torch.stack([steps(image[0].numpy()) for image in pixels])
+    assert normalise(pixels).dtype == torch.float32
+    torch.testing.assert_close(normalise(pixels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_epoch_is_the_plain_loop() -> None:
+    trainer = make_trainer(images=700)  # 60 images fill no batch
+    plain = make_trainer(images=700)
+    torch.manual_seed(1)
+    loss = trainer.train_epoch()
+    torch.manual_seed(1)
+    order = torch.randperm(700)
+    losses = []
+    for begin in range(0, 640, 64):
+        batch = order[begin : begin + 64]
+        logits = plain.model(normalise(plain.data.images[batch]))
+        losses.append(nn.functional.cross_entropy(logits, plain.data.labels[batch]))
+        plain.optimizer.zero_grad()
+        losses[-1].backward()  # type: ignore[no-untyped-call]
+        plain.optimizer.step()
+    assert torch.equal(weights(trainer), weights(plain))
+    torch.testing.assert_close(loss, torch.stack(losses).mean().detach())
+
+
+def test_pooling_before_relu_is_the_same_function() -> None:
+    x = torch.randn(4, 3, 28, 28)
+    relu, pool = nn.functional.relu, nn.functional.max_pool2d
+    assert torch.equal(relu(pool(x, 2)), pool(relu(x), 2))
+
+
+@pytest.mark.parametrize("lr", [float("nan"), 1e30])
+def test_a_loss_that_is_no_number_surfaces(lr: float) -> None:
+    trainer = make_trainer()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = lr
+    trainer.train_epoch()
+    loss = float(trainer.train_epoch())
+    assert not math.isfinite(loss)
+    assert not math.isfinite(evaluate(trainer.model, trainer.data)[0])
+
+
+class FakeGraph:
+    """Stands for torch.cuda.CUDAGraph: what was recorded runs on `replay`."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        """Count."""
+        self.replays += 1
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
+    """Replace what a capture needs of torch.cuda; return the graphs that are made."""
+    graphs: list[FakeGraph] = []
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            pass
+
+    def make_graph() -> FakeGraph:
+        graphs.append(FakeGraph())
+        return graphs[-1]
+
+    @contextlib.contextmanager
+    def capture(graph: FakeGraph, stream: Stream) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make_graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return graphs
+
+
+def test_steps_after_the_warm_up_are_replays(
+    fake_cuda: list[FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    trainer._capture_wanted = True
+    steps: list[int] = []
+    monkeypatch.setattr(trainer, "_step", lambda: steps.append(1))
+    trainer.train_epoch()
+    trainer.train_epoch()
+    assert len(fake_cuda) == 1  # one capture for the whole trial
+    assert len(steps) == training.WARM_UP_STEPS + 1  # the last one is the recording
+    assert fake_cuda[0].replays == 2 * trainer.steps - training.WARM_UP_STEPS
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.cuda.OutOfMemoryError])
+def test_a_failed_capture_trains_eagerly_with_one_line(
+    error: type[RuntimeError],
+    fake_cuda: list[FakeGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @contextlib.contextmanager
+    def fail(graph: FakeGraph, stream: object) -> Iterator[None]:
+        raise error("operation not permitted when stream is capturing\nsecond line")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    captured, eager = make_trainer(), make_trainer()
+    captured._capture_wanted = True
+    with caplog.at_level(logging.WARNING):
+        for trainer in (captured, eager):
+            torch.manual_seed(5)
+            trainer.train_epoch()
+            trainer.train_epoch()
+    assert torch.equal(weights(captured), weights(eager))
+    assert [record.getMessage() for record in caplog.records] == [
+        "no CUDA graph, training eagerly: operation not permitted when stream is capturing"
+    ]
+
+
+def test_an_epoch_too_short_to_warm_up_stays_eager(fake_cuda: list[FakeGraph]) -> None:
+    trainer = make_trainer(images=64 * training.WARM_UP_STEPS)
+    trainer._capture_wanted = True
+    trainer.train_epoch()
+    assert fake_cuda == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_replays_train_like_eager_steps_and_memory_comes_back() -> None:
+    used = []
+    for capture in (True, False) * 5:
+        torch.manual_seed(0)
+        model = optuna_mnist.CNN(CONFIG).to(pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        data, validation = mnist.load_training(pick_device(), 10_000)
+        trainer = Trainer(model, fused_adam(model, 1e-3), data, 64)
+        trainer._capture_wanted = capture
+        first = [float(trainer.train_epoch()) for _ in range(2)]
+        assert (trainer._run_step != trainer._step) == capture
+        if capture:
+            losses = first
+        assert first == pytest.approx(losses, rel=0.02)  # TF32, and sums in another order
+        assert evaluate(model, validation)[1] > 0.9
+        del trainer, model
+        torch.cuda.empty_cache()
+        used.append(torch.cuda.memory_reserved())
+    assert used[-1] <= used[1]
+
+
+def test_freed_memory_is_used_again() -> None:
+    trainer = make_trainer()
+    trainer.train_epoch()
+    trainer.train_epoch()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    trainer.train_epoch()
+    # 10 steps; without keep_freed_memory each has thousands of page faults.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2000
+
+
+def test_a_worker_imports_no_torchvision() -> None:
+    code = (
+        "import sys, optuna_mnist as o; from hpo import mnist\n"
+        "mnist.load_training(o.pick_device(), 1000); sys.exit('torchvision' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, timeout=60).returncode == 0

@@ -1,0 +1,96 @@
+"""WORKERS_PER_GPU: ranks, statuses and signals of the workers of one Slurm task, MPS or not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common import SCRIPTS
+
+MPS = SCRIPTS / "hpo" / "mps.sh"
+CONTROL = """#!/bin/bash
+# Stands for NVIDIA's daemon.
+if [[ ${1:-} == -d ]]; then echo start >>"$RECORD"; exit; fi
+read -r order && echo "$order" >>"$RECORD"
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> dict[str, str]:
+    """Return the environment of the second task of a job, with a daemon that records its orders."""
+    tool = tmp_path / "nvidia-cuda-mps-control"
+    tool.write_text(CONTROL)
+    tool.chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "RECORD": str(tmp_path / "record"),
+        "TMPDIR": str(tmp_path),
+        "SLURM_PROCID": "1",
+        "WORKERS_PER_GPU": "3",
+    }
+
+
+def test_every_worker_has_its_rank_and_finds_the_daemon(
+    task: dict[str, str], tmp_path: Path
+) -> None:
+    command = 'echo "$WORKER_RANK $APPTAINER_BIND" >"$TMPDIR/worker.$WORKER_RANK"'
+    subprocess.run(["bash", str(MPS), "bash", "-c", command], env=task, check=True, timeout=30)
+    lines = [path.read_text().split() for path in sorted(tmp_path.glob("worker.*"))]
+    assert [rank for rank, _ in lines] == ["3", "4", "5"]
+    assert len({folder for _, folder in lines}) == 1
+    assert Path(task["RECORD"]).read_text().split() == ["start", "quit"]
+    assert not list(tmp_path.glob("mps-*"))
+
+
+def test_without_mps_the_workers_run_plainly(task: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "nvidia-cuda-mps-control").write_text("#!/bin/bash\nexit 1\n")
+    command = 'echo "rank $WORKER_RANK ${CUDA_MPS_PIPE_DIRECTORY:-none}"'
+    result = subprocess.run(
+        ["bash", str(MPS), "bash", "-c", command],
+        env=task,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert result.returncode == 0
+    assert "without NVIDIA MPS" in result.stdout
+    assert sorted(result.stdout.splitlines()[1:]) == ["rank 3 none", "rank 4 none", "rank 5 none"]
+
+
+def test_status_of_a_failed_worker_is_kept(task: dict[str, str]) -> None:
+    result = subprocess.run(
+        ["bash", str(MPS), "bash", "-c", "exit $((WORKER_RANK == 4 ? 7 : 0))"],
+        env=task,
+        timeout=30,
+    )
+    assert result.returncode == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signal_reaches_every_worker_and_the_task_waits(
+    number: signal.Signals, task: dict[str, str], tmp_path: Path
+) -> None:
+    code = (
+        "import os, signal, sys, time; from pathlib import Path\n"
+        "me = Path(os.environ['TMPDIR']) / ('worker.' + os.environ['WORKER_RANK'])\n"
+        f"signal.signal({int(number)}, lambda *_: (time.sleep(0.5), me.write_text('end'),"
+        " os._exit(0)))\n"
+        "me.write_text('ready')\n"
+        "while True: time.sleep(0.1)\n"
+    )
+    process = subprocess.Popen(["bash", str(MPS), sys.executable, "-c", code], env=task)
+    files = [tmp_path / f"worker.{rank}" for rank in (3, 4, 5)]
+    deadline = time.monotonic() + 30
+    while not all(path.exists() and path.read_text() for path in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 0
+    assert [path.read_text() for path in files] == ["end"] * 3

@@ -131,6 +131,25 @@ def test_usr1_reaches_python_in_the_container(cluster: Cluster) -> None:
     assert cluster.wait_end(job, timeout=60) == "COMPLETED"
 
 
+def test_usr1_takes_the_image_away(cluster: Cluster) -> None:
+    """Slurm signals every process of a step, and the one that mounts the image dies of USR1.
+
+    So `#SBATCH --signal=USR1@90` without `B:` leaves Python with an image that it cannot read any
+    more: what is not in memory by then is an I/O error or a bus error, even at exit.
+    """
+    code = (
+        "import os, signal, time; signal.signal(signal.SIGUSR1, lambda *_: None); "
+        'print("ready", flush=True); signal.pause(); time.sleep(1); os.listdir("/usr/lib")'
+    )
+    body = f"srun -n1 apptainer --silent exec {cluster.image} python -c '{code}'\n"
+    job = cluster.sbatch("--output=image.out", stdin=GUIDE_HEADER + body)
+    log = f"{cluster.work}/image.out"
+    cluster.wait(lambda: cluster.read(log), 60, "the task")
+    cluster.run("login", "scancel", "--signal=USR1", str(job))
+    assert cluster.wait_end(job, timeout=60) == "FAILED"
+    assert re.search("Transport endpoint is not connected|Bus error", cluster.read(log))
+
+
 def test_requeue(cluster: Cluster) -> None:
     """`scontrol requeue` starts the job again, with SLURM_RESTART_COUNT."""
     body = 'echo "restart ${SLURM_RESTART_COUNT:-0}"; [[ -v SLURM_RESTART_COUNT ]] || sleep 600\n'

@@ -1,0 +1,80 @@
+"""The rehearsal cluster as a fixture, and the table of scenarios at the end of the run.
+
+    pytest tests/cluster               as root; the first time builds the cluster (about 3 minutes)
+    CLUSTER_KEEP=1 pytest …            leaves it running; then: bash tests/cluster/cluster.sh exec …
+
+Where no cluster can run (not root, a kernel without overlay or fuse) the tests are skipped with
+the reason; with CI set they fail, so that a green run there means that they ran.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.rehearsal import CANNOT_RUN_HERE, STATE, Cluster, Scenario
+
+
+def traces() -> list[str]:
+    """Return what a cluster would leave on the machine: mounts, network devices, processes."""
+    mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if str(STATE) in line]
+    devices = [path.name for path in Path("/sys/class/net").iterdir()]
+    processes = []
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            processes.append(path.read_text().strip())
+        except OSError:  # it has just ended
+            continue
+    daemons = [name for name in processes if name in {"slurmd", "slurmctld", "munged", "bindfs"}]
+    return sorted(mounts + devices + daemons)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Yield a fresh cluster; afterwards nothing of it may be left on the machine."""
+    cluster = Cluster()
+    if os.geteuid() == 0:
+        cluster.script("down")
+    before = traces()
+    started = cluster.script("up", check=False, timeout=1800)
+    print(started.stdout, started.stderr, sep="")
+    if started.returncode == CANNOT_RUN_HERE and "CI" not in os.environ:
+        pytest.skip(started.stderr.strip())
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield cluster
+    if "CLUSTER_KEEP" not in os.environ:
+        cluster.script("down")
+        assert traces() == before
+
+
+rows = pytest.StashKey[list[Scenario]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the table that scenarios write to."""
+    config.stash[rows] = []
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
+    """Return the function that adds a row to the table."""
+    return request.config.stash[rows].append
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print the table of scenarios."""
+    if not config.stash.get(rows, []):
+        return
+    terminalreporter.section("scenarios on the rehearsal cluster")
+    layout = "{:<44} {:>7}  {:<10} {:<40} {:>7}"
+    terminalreporter.write_line(layout.format("scenario", "workers", "hosts", "trials", "seconds"))
+    for row in config.stash[rows]:
+        seconds = f"{row.seconds:.1f}"
+        terminalreporter.write_line(
+            layout.format(row.name, row.workers, row.hosts, row.trials, seconds)
+        )

@@ -1,0 +1,308 @@
+"""The bundle on the rehearsal cluster: README.txt's commands, the sbatch script unmodified.
+
+Each scenario runs in a fresh copy of the last commit (`git archive HEAD`) under /work, as the
+ordinary user, and adds a row to the table at the end of the run.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.rehearsal import STATE, Cluster, Scenario
+from common import BUNDLE
+
+SCRIPT = "run-optuna-multinode_Turpan.sh"
+README = (BUNDLE / "README.txt").read_text()
+FINISHED = ("COMPLETE", "PRUNED", "FAIL")
+# All in the environment. Four workers share what cores this machine has: one thread each; and what
+# a dead worker held is free again after 15 s.
+QUICK = {
+    "TOTAL_TRIALS": "12",
+    "TRAIN_IMAGES": "1000",
+    "OMP_NUM_THREADS": "1",
+    "LEASE_GRACE": "15",
+}
+
+
+def readme_command(start: str, end: str = "") -> str:
+    """Return the command of README.txt that begins and ends so."""
+    pattern = rf"^ +({re.escape(start)}.*{re.escape(end)})$"
+    found = re.search(pattern, README, re.MULTILINE)
+    assert found, f"README.txt has no command like: {start} … {end}"
+    return found[1]
+
+
+@dataclass
+class Bundle:
+    """A copy of the bundle on the cluster, and what its study and logs say."""
+
+    cluster: Cluster
+    folder: str
+    record: Callable[[Scenario], None]
+
+    @property
+    def scripts(self) -> str:
+        """The folder that jobs are submitted from."""
+        return f"{self.folder}/code_and_slurm-scripts"
+
+    def submit(self, *options: str, script: str = SCRIPT, **variables: str) -> int:
+        """Submit the script; the environment and options of sbatch are all that differs."""
+        return self.cluster.sbatch(*options, script, folder=self.scripts, **{**QUICK, **variables})
+
+    def edit_header(self, alternative: str) -> str:
+        """Take the header's alternative that stands commented under a line; return the script."""
+        live, _, rest = self.cluster.read(f"{self.scripts}/{SCRIPT}").partition("\nset -euo")
+        found = re.search(rf"^# {alternative}.*\n((?:##SBATCH.*\n)+)", live, re.MULTILINE)
+        assert found, f"the header says nothing about: {alternative}"
+        if "without --gpus-per-task" in found[0]:
+            live = re.sub(r"^#SBATCH --gpus-per-task.*\n", "", live, flags=re.MULTILINE)
+        for line, name in re.findall(r"^#(#SBATCH --([\w-]+)=.*)$", found[1], re.MULTILINE):
+            live = re.sub(rf"^#SBATCH --{name}=.*$", line, live, flags=re.MULTILINE)
+        path = self.cluster.shared / self.scripts.lstrip("/") / "edited.sh"
+        path.write_text(f"{live}\nset -euo{rest}")
+        return path.name
+
+    def log(self, job: int, worker: int | None = None) -> str:
+        """Return the log of a job, or of one of its workers."""
+        name = f"{job}.out" if worker is None else f"{job}.{worker}.out"
+        return self.cluster.read(f"{self.folder}/logs/{name}")
+
+    def finish(self, job: int, timeout: float = 300) -> None:
+        """Wait for a job that must succeed."""
+        state = self.cluster.wait_end(job, timeout)
+        assert state == "COMPLETED", f"job {job}: {state}\n{self.log(job)}"
+
+    def trials(self) -> list[tuple[int, str]]:
+        """Return number and state of every trial of the one study."""
+        path = self.cluster.shared / self.scripts.lstrip("/") / "study.db"
+        if not path.exists():
+            return []
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=30)) as database:
+            rows = database.execute("SELECT number, state FROM trials ORDER BY number")
+            return [(number, state) for number, state in rows]
+
+    def wait_finished(self, least: int, timeout: float = 180) -> None:
+        """Wait until at least so many trials are finished, while others run."""
+
+        def enough() -> str:
+            states = [state for _, state in self.trials()]
+            return "yes" * (sum(state in FINISHED for state in states) >= least)
+
+        self.cluster.wait(enough, timeout, f"{least} finished trials")
+
+    def workers(self, job: int) -> dict[int, str]:
+        """Return each worker that wrote a log, with the hosts that it ran on."""
+        logs = self.cluster.shared / self.folder.lstrip("/") / "logs"
+        names = (path.name.split(".") for path in logs.glob(f"{job}.*.out"))
+        numbers = sorted(int(name[1]) for name in names if name[1].isdecimal())
+        found = {}
+        for number in numbers:
+            hosts = re.findall(rf"worker {number} on (\w+): trial", self.log(job, number))
+            found[number] = ",".join(dict.fromkeys(hosts))
+        return found
+
+    def done(self, name: str, jobs: list[int], start: float, total: int = 12) -> None:
+        """Check that each trial was finished once, and add the scenario to the table."""
+        trials = self.trials()
+        states = Counter(state for _, state in trials)
+        workers = [host for job in jobs for host in self.workers(job).values()]
+        hosts = ",".join(sorted(set(",".join(workers).split(",")) - {""}))
+        text = ", ".join(f"{states[state]} {state.lower()}" for state in FINISHED)
+        self.record(Scenario(name, len(workers), hosts, text, time.monotonic() - start))
+        assert [number for number, _ in trials] == list(range(total))
+        assert set(states) <= {"COMPLETE", "PRUNED"}, states
+        told = [
+            number
+            for job in jobs
+            for worker in self.workers(job)
+            for number in re.findall(r"trial (\d+) (?:complete|pruned)", self.log(job, worker))
+        ]
+        # Of a worker that is killed between the database and its log the last line may be missing.
+        assert len(told) == len(set(told)), f"finished twice: {Counter(told).most_common(3)}"
+
+
+@pytest.fixture(scope="session")
+def with_optuna(cluster: Cluster) -> Cluster:
+    """Install Optuna with README.txt's two commands: a shell in the container, and pip in it."""
+    shell = readme_command("apptainer shell").split()
+    pip = readme_command("pip install --user optuna")
+    done = cluster.run("login", *shell, options=["--online"], stdin=f"{pip}\n", timeout=300)
+    assert "Successfully installed" in done.stdout
+    return cluster
+
+
+@pytest.fixture
+def bundle(
+    with_optuna: Cluster, request: pytest.FixtureRequest, record: Callable[[Scenario], None]
+) -> Iterator[Bundle]:
+    """Copy the bundle to /work/groupe/chercheur; end what is left of its jobs afterwards."""
+    cluster = with_optuna
+    folder = f"{cluster.work}/{re.sub(r'[^a-z]+', '-', request.node.name.lower()).strip('-')}"
+    place = cluster.shared / folder.lstrip("/")
+    place.mkdir()
+    archive = subprocess.run(
+        ["git", "-C", str(BUNDLE), "archive", "HEAD"], capture_output=True, check=True
+    )
+    subprocess.run(["tar", "-x", "-C", str(place)], input=archive.stdout, check=True)
+    subprocess.run(["chown", "-R", "1000:1000", str(place)], check=True)
+    yield Bundle(cluster, folder, record)
+    cluster.run("login", "scancel", "--user", cluster.user)
+    cluster.wait(
+        lambda: "" if cluster.run("login", "squeue", "--noheader").stdout else "empty",
+        60,
+        "an empty queue",
+    )
+    shutil.rmtree(place)
+
+
+def files(cluster: Cluster) -> set[Path]:
+    """Return every file on the cluster, but for Slurm's own."""
+    roots = [cluster.shared, *STATE.glob("*/upper")]
+    slurm = re.compile(r"/upper/(var/(log|spool)|run|etc)/")
+    found = (path for root in roots for path in root.rglob("*"))
+    return {path for path in found if not slurm.search(str(path)) and not path.is_dir()}
+
+
+def test_guide(bundle: Bundle) -> None:
+    """2 nodes × 2 GPUs: four workers, one study, logs where README says, the best model."""
+    before, start = files(bundle.cluster), time.monotonic()
+    job = bundle.submit()
+    bundle.finish(job)
+    bundle.done("the guide: 2 nodes × 2 GPUs", [job], start)
+    workers = bundle.workers(job)
+    assert list(workers) == [0, 1, 2, 3]
+    assert Counter(workers.values()) == {"n1": 2, "n2": 2}
+    assert "best_value" in bundle.log(job)
+
+    best = readme_command("apptainer exec --bind", "python check_best_model.py").split()
+    shown = bundle.cluster.run("login", *best, options=["--cd", bundle.scripts]).stdout
+    assert re.search(r"^12 of \d+ trials", shown, re.MULTILINE), shown
+    assert re.search(r"^best_value +\d\.\d+", shown, re.MULTILINE), shown
+    assert re.search(r"^test accuracy +0\.\d+", shown, re.MULTILINE), shown
+
+    allowed = tuple(
+        str(bundle.cluster.shared / folder.lstrip("/"))
+        for folder in (bundle.folder, bundle.cluster.home)
+    )
+    new = [str(path) for path in files(bundle.cluster) - before]
+    assert [path for path in new if not path.startswith(allowed)] == []
+
+
+@pytest.mark.parametrize(
+    ("alternative", "host"), [("One GPU of a shared node", "n1"), ("A slice of a GPU", "m1")]
+)
+def test_one_worker(bundle: Bundle, alternative: str, host: str) -> None:
+    """One worker on half a node, and on a MIG slice: the header's own alternatives."""
+    start = time.monotonic()
+    job = bundle.submit(script=bundle.edit_header(alternative), TOTAL_TRIALS="3")
+    bundle.finish(job)
+    bundle.done(alternative, [job], start, total=3)
+    assert bundle.workers(job) == {0: host}
+
+
+def test_twelve_gpus(bundle: Bundle) -> None:
+    """Six nodes: Slurm takes the header as it stands in the script."""
+    script = bundle.edit_header("Twelve GPUs")
+    command = ("sbatch", "--test-only", script)
+    done = bundle.cluster.run("login", *command, options=["--cd", bundle.scripts])
+    assert "480 processors on nodes n[1-6] in partition small" in done.stderr
+
+
+def test_two_jobs_share_a_study(bundle: Bundle) -> None:
+    """A second job of the same study makes it faster, and nothing else."""
+    start = time.monotonic()
+    jobs = [bundle.submit(), bundle.submit()]
+    for job in jobs:
+        bundle.finish(job)
+    bundle.done("two jobs at once, one study", jobs, start)
+
+
+def test_broken_locks(bundle: Bundle) -> None:
+    """Where locks hold on one host only, the job says what it needs, and then serves the study."""
+    start = time.monotonic()
+    cluster, python = bundle.cluster, ("apptainer", "exec", bundle.cluster.image, "pip")
+    with cluster.broken_locks():
+        refused = bundle.submit()
+        assert cluster.wait_end(refused, 120) == "FAILED"
+        assert "pip install --user grpcio protobuf" in bundle.log(refused)
+        assert not bundle.trials(), "a trial has run on a study that two hosts can damage"
+        packages = ("install", "--user", "grpcio", "protobuf")
+        cluster.run("login", *python, *packages, options=["--online"], timeout=300)
+        job = bundle.submit()
+        bundle.finish(job)
+        cluster.run("login", *python, "uninstall", "--yes", *packages[2:])
+    bundle.done("locks that hold on one host only", [job], start)
+
+
+def test_scancel_and_submit_again(bundle: Bundle) -> None:
+    """After scancel the same command completes the study."""
+    start = time.monotonic()
+    first = bundle.submit()
+    bundle.wait_finished(2)
+    bundle.cluster.run("login", "scancel", str(first))
+    assert bundle.cluster.wait_end(first, 60) == "CANCELLED"
+    assert "RUNNING" not in [state for _, state in bundle.trials()], "SIGTERM returns the trials"
+    second = bundle.submit()
+    bundle.finish(second)
+    bundle.done("scancel, then submitted again", [first, second], start)
+
+
+def test_deadline_and_submit_again(bundle: Bundle) -> None:
+    """Before the time limit the workers stop by themselves; the same command goes on."""
+    start = time.monotonic()
+    settings = {"TOTAL_TRIALS": "24", "TRAIN_IMAGES": "5000"}
+    first = bundle.submit("--time=3", **settings)
+    bundle.finish(first)
+    states = Counter(state for _, state in bundle.trials())
+    assert set(states) <= {"COMPLETE", "PRUNED", "WAITING"}, states
+    assert states["WAITING"], "the study was complete before the deadline: TRAIN_IMAGES is too low"
+    second = bundle.submit(**settings)
+    bundle.finish(second)
+    bundle.done("time limit, then submitted again", [first, second], start, total=24)
+
+
+def test_requeue(bundle: Bundle) -> None:
+    """`scontrol requeue` starts the job again, and it goes on with the study."""
+    start = time.monotonic()
+    job = bundle.submit()
+    bundle.wait_finished(2)
+    bundle.cluster.run("login", "scontrol", "requeue", str(job))
+    bundle.cluster.wait_state(job, {"PENDING"}, 60)
+    bundle.finish(job)
+    bundle.done("scontrol requeue", [job], start)
+
+
+def test_killed_worker(bundle: Bundle) -> None:
+    """A worker dies: the others go on, it is started again, and its trial is run again."""
+    start = time.monotonic()
+    job = bundle.submit()
+    bundle.wait_finished(2)
+    kill = ("pkill", "--oldest", "--signal=KILL", "--full", "^[^ ]*python -u .*optuna_mnist")
+    bundle.cluster.run("n1", *kill)
+    bundle.finish(job)
+    bundle.done("a worker is killed", [job], start)
+
+
+def test_dead_node(bundle: Bundle) -> None:
+    """A node dies in mid-trial: Slurm starts the job again, and the study completes."""
+    start = time.monotonic()
+    job = bundle.submit()
+    bundle.wait_finished(2)
+    bundle.cluster.script("crash", "n2")
+    try:
+        bundle.cluster.wait_state(job, {"PENDING"}, 90)
+        bundle.finish(job)
+    finally:
+        bundle.cluster.script("restart", "n2")
+    bundle.done("a node dies in mid-trial", [job], start)

@@ -32,7 +32,7 @@ gpus=0
 if command -v nvidia-smi >/dev/null; then
     gpus=$(nvidia-smi --list-gpus | wc -l)
 fi
-export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}" # on a large GPU, 2 to 4 small nets share it well
+export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}"
 workers=$((gpus > 0 ? gpus * WORKERS_PER_GPU : $(nproc)))
 if ((gpus > 0 && WORKERS_PER_GPU > 1)); then
     start_mps

@@ -74,5 +74,5 @@ ask_slurm
 create_study # init_optuna_db.py
 check_nodes  # check_cluster.py on every task
 run_workers  # python $PY_SCRIPT, one per GPU, until the study is complete or the time is up
-print_report # check_best_model.py; and the successor, if CHAIN_JOBS says so
+print_report # check_best_model.py, pictures; and the successor, if CHAIN_JOBS says so
 exit "$status"

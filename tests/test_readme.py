@@ -12,7 +12,7 @@ from hpo import settings
 
 TEXTS = {name: (BUNDLE / name).read_text() for name in ("README.txt", "LISEZMOI.txt")}
 COMMAND = re.compile(
-    r"^    ((?:[A-Z_]+=\S+ )*(?:bash|sbatch|tar|cd|cp|mv|rm|pip|apptainer|squeue|\.venv).*)$"
+    r"^    ((?:[A-Z_]+=\S+ )*(?:bash|sbatch|python|tar|cd|cp|mv|rm|pip|apptainer|squeue|\.venv).*)$"
 )
 
 
@@ -25,7 +25,7 @@ def test_both_languages_have_the_same_commands_and_chapters() -> None:
     english, french = TEXTS.values()
     assert commands(english) == commands(french)
     assert len(commands(english)) >= 10
-    assert len(re.findall(r"^\d+\. ", english, re.M)) == 11
+    assert len(re.findall(r"^\d+\. ", english, re.M)) == 12
     assert re.findall(r"^(\d+)\. ", english, re.M) == re.findall(r"^(\d+)\. ", french, re.M)
 
 
@@ -58,7 +58,7 @@ def test_settings_and_their_defaults_are_those_of_the_code(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_messages_that_are_quoted_are_in_the_code(name: str) -> None:
-    chapter = TEXTS[name].split("\n10. ")[1].split("\n11. ")[0]
+    chapter = TEXTS[name].split("\n11. ")[1].split("\n12. ")[0]
     code = "".join(path.read_text() for path in sorted(SCRIPTS.rglob("*.[ps][yh]")))
     quoted = re.findall(
         r"^(?:error: )(?:study 'mnist_hpo' )?(?:\.\.\. )?(.*?)(?: \.\.\.)?$", chapter, re.M

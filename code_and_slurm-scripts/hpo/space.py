@@ -66,7 +66,8 @@ def adopt_space(study: optuna.Study, settings: Settings, script: Mapping[str, An
         "combinations": len(plan.combinations),
     }
     _refuse_another(study, settings, remembered)
-    facts = {"sampler": settings.sampler, "pruner": settings.pruner}
+    several = len(study.directions) > 1  # then nothing is pruned
+    facts = {"sampler": settings.sampler, "pruner": "none" if several else settings.pruner}
     if names := settings.objectives or declared_objectives(settings.py_script)[:1]:
         facts["objectives"] = list(names)  # type: ignore[assignment]
     for key, value in {**{k: v for k, v in remembered.items() if v}, **facts}.items():

@@ -58,6 +58,7 @@ def run_ray(python: str, folder: Path, env: dict[str, str]) -> float:
     """Return the seconds of the trials through Ray Tune."""
     begin = time.monotonic()
     command = [python, str(HERE / "peers_ray.py"), str(folder), *map(str, RATES)]
+    env = {**env, "HOME": str(folder)}  # Ray leaves a token there
     log = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds = time.monotonic() - begin
     assert f"{TRIALS} trials have a result" in log, log

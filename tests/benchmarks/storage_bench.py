@@ -12,10 +12,13 @@ that is to be measured.
 
 from __future__ import annotations
 
+import os
+import sqlite3
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,8 +31,6 @@ from storage_engines import (
     Floor,
     Journal,
     Stock,
-    fork,
-    kill,
     one_trial,
     past_trials,
     run_workers,
@@ -37,6 +38,7 @@ from storage_engines import (
 
 import optuna  # isort: skip
 import sqlalchemy  # isort: skip
+from storage_helpers import fork, kill  # isort: skip
 
 ROUNDS = 3
 
@@ -59,6 +61,24 @@ def show(values: dict[str, list[float]], unit: str, limit: str) -> None:
         each = " ".join(f"{x:8.2f}" for x in times)
         note = f"   limit: {limit}" if name == Engine.name else ""
         print(f"  {name:14} {median(times):9.2f} {unit}   x {ratio:5.2f}   ({each} ){note}")
+
+
+def commit_time() -> None:
+    """Print what one small commit costs here and now: a busy disk spoils every figure below."""
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        db = sqlite3.connect(Path(folder) / "commit.db", isolation_level=None)
+        db.execute("CREATE TABLE t (x)")
+        for _ in range(50):
+            start = time.perf_counter()
+            db.execute("INSERT INTO t VALUES (1)")
+            times.append(1000 * (time.perf_counter() - start))
+        db.close()
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    print(
+        f"{tempfile.gettempdir()}: a commit takes {median(times):.1f} ms (slowest of 50: "
+        f"{max(times):.0f} ms); load {load:.1f} per core"
+    )
 
 
 def counts() -> None:
@@ -99,7 +119,7 @@ def overhead() -> None:
         trials = past_trials(past)
         for name in ("TPESampler", "RandomSampler"):
             print(f"\nOverhead per trial after {past} trials, one worker, {name}")
-            values = in_rounds(lambda *where, t=trials, n=name: _overhead(*where, t, n))
+            values = in_rounds(partial(_overhead, trials, name))
             at_500.setdefault(name, median(values[Engine.name]))
             show(values, "ms", "12 ms" if past == 500 else f"2 x {at_500[name]:.1f} ms")
             memory = optuna.create_study(sampler=getattr(optuna.samplers, name)(seed=0))
@@ -108,7 +128,7 @@ def overhead() -> None:
             print(f"  {'(in memory)':14} {_per_trial(memory):9.2f} ms   without any storage")
 
 
-def _overhead(engine: type[Engine], folder: Path, trials: Any, name: str) -> float:
+def _overhead(trials: Any, name: str, engine: type[Engine], folder: Path) -> float:
     with engine(folder) as running:
         sampler = getattr(optuna.samplers, name)(seed=0)
         if engine is Floor:
@@ -196,4 +216,5 @@ PARTS: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
+        commit_time()
         PARTS[name]()

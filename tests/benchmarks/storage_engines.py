@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT / "code_and_slurm-scripts"), str(ROOT / "tests")]
 
 import optuna  # noqa: E402
 from optuna.storages import BaseStorage, RDBStorage  # noqa: E402
+from optuna.storages.journal import JournalFileBackend  # noqa: E402
 from optuna.trial import FrozenTrial, TrialState  # noqa: E402
 
 from hpo.sqlite_storage import SQLiteStorage  # noqa: E402
@@ -89,7 +90,7 @@ class Journal(Engine):
         optuna.create_study(study_name=NAME, storage=self.storage(0))
 
     def storage(self, rank: int) -> BaseStorage:
-        backend = optuna.storages.journal.JournalFileBackend(str(self.path))
+        backend = JournalFileBackend(str(self.path))
         return optuna.storages.JournalStorage(backend)
 
 
@@ -131,13 +132,13 @@ class Floor(Engine):
             trial_id = self._commit(db, self._create)
             for step in range(EPOCHS):
                 time.sleep(seconds / EPOCHS)
-                self._commit(db, lambda db, t=trial_id, s=step: self._report(db, t, s))
-            self._commit(db, lambda db, t=trial_id: self._finish(db, t))
+                self._commit(db, self._report, trial_id, step)
+            self._commit(db, self._finish, trial_id)
         return time.monotonic() - start
 
-    def _commit(self, db: sqlite3.Connection, change: Callable[[sqlite3.Connection], int]) -> int:
+    def _commit(self, db: sqlite3.Connection, change: Callable[..., int], *args: int) -> int:
         self._retry(db, "BEGIN IMMEDIATE")
-        result = change(db)
+        result = change(db, *args)
         self._retry(db, "COMMIT")
         return result
 

@@ -17,7 +17,9 @@ import tempfile
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from storage_engines import Engine, Stock, suggest
+from storage_engines import Engine, Stock
+
+from storage_helpers import suggest
 
 import optuna  # isort: skip
 

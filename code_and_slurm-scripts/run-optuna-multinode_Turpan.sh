@@ -23,7 +23,7 @@
 #SBATCH --cpus-per-task=40           # the node has 80 and is billed whole
 #SBATCH --mem=0                      # all of the node's memory
 #SBATCH --time=00:10:00
-#SBATCH --signal=USR1@90             # 90 s before the end: finish the epoch, return the trial
+#SBATCH --signal=B:USR1@90           # 90 s before the end: finish the epoch, return the trial
 #
 # One GPU of a shared node (replace the lines of the same name above):
 ##SBATCH --partition=shared

@@ -13,7 +13,7 @@ SCRIPTS = BUNDLE / "code_and_slurm-scripts"
 SETTINGS = (
     *("STUDY_DB", "STUDY_NAME", "TOTAL_TRIALS", "PY_SCRIPT", "DIRECTION", "SAMPLER", "PRUNER"),
     *("SEED", "TRAIN_IMAGES", "WORKER_RANK", "SLURM_PROCID", "SLURM_JOB_ID", "CONTAINER"),
-    "WORKERS_PER_GPU",
+    *("WORKERS_PER_GPU", "DRAIN_FILE"),
     *("KEEP_BEST", "OBJECTIVES", "LEASE_GRACE", "SLURM_JOB_END_TIME", "ALIVE_JOBS"),
 )
 # The smallest net of the search space, for tests that train: 0.2 s an epoch on 1 000 images.

@@ -198,6 +198,26 @@ def test_job_out_of_time_says_how_to_go_on_and_submits_its_successor(job: Path) 
     assert "multinode_Turpan.sh CHAIN_JOBS=1 TOTAL_TRIALS=400" in record.read_text()
 
 
+def test_signal_from_slurm_drains_the_workers(job: Path) -> None:
+    spooled = job.parent.parent / "slurm_script"
+    shutil.copy(job / "run-optuna-multinode_Turpan.sh", spooled)
+    env = {**os.environ, "TOTAL_TRIALS": "400", "SLURM_NTASKS": "1"}
+    shell = subprocess.Popen(
+        ["bash", str(spooled)], cwd=job, env=env, stdout=subprocess.PIPE, text=True
+    )
+    log = job.parent / "logs" / "4711.0.out"
+    end = time.monotonic() + 120
+    while not log.exists() or "complete" not in log.read_text():
+        assert time.monotonic() < end, "no trial is finished"
+        time.sleep(0.2)
+    shell.send_signal(signal.SIGUSR1)  # to the batch shell alone, as --signal=B:USR1@90 does
+    output, _ = shell.communicate(timeout=120)
+    assert shell.returncode == 0, output
+    assert "trials are left; this job finished" in output
+    assert "no further trial" in log.read_text()
+    assert not list(job.glob(".drain*"))
+
+
 def test_no_successor_without_progress_or_after_the_last_trial(job: Path) -> None:
     result = sbatch(job, CHAIN_JOBS="2", JOB_ENDS_IN="60", SLURM_NTASKS="1")
     assert "No successor is submitted" in result.stdout

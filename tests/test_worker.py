@@ -170,6 +170,14 @@ def test_trial_goes_back_when_the_job_ends_before_its_next_epoch(run: Run) -> No
     assert "trial 0 back to the queue" in result.stdout
 
 
+def test_drain_file_stops_all_workers_of_a_job(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "drain").touch()
+    result = run(OBJECTIVE, TOTAL_TRIALS="5", DRAIN_FILE=str(tmp_path / "drain"))
+    assert result.returncode == 0, result.stderr
+    assert "no further trial" in result.stdout
+    assert trials() == []
+
+
 def test_backup_is_made_while_the_study_runs(run: Run, own_study: Path) -> None:
     run(OBJECTIVE, TOTAL_TRIALS="3")
     storage = f"sqlite:///{own_study}.backup"

@@ -2,7 +2,10 @@
 
 Three things end a worker early, none of which loses a finished epoch:
 
-    SIGUSR1             from Slurm, 90 s before the time limit: stop after the running epoch
+    SIGUSR1             to this process: stop after the running epoch
+    DRAIN_FILE          the same for all workers of a job: hpo/job.sh makes this file when Slurm
+                        signals the batch shell.  A signal to the workers' step would also end the
+                        process that mounts the container's image, under the workers' feet.
     the job's end       the next epoch would not be finished in time: stop before it starts
     SIGTERM, SIGINT     from scancel or Ctrl-C: stop at once
 """
@@ -13,13 +16,14 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import optuna
 from optuna.trial import FrozenTrial
 
 REPORT_SECONDS = 30.0  # the batch script's own work after the workers have ended
-RESERVE_SECONDS = 90.0  # before the job's end; as #SBATCH --signal=USR1@90, the second net
+RESERVE_SECONDS = 90.0  # before the job's end; as #SBATCH --signal=B:USR1@90, the second net
 
 
 class Drained(BaseException):
@@ -32,9 +36,10 @@ class Drained(BaseException):
 class Drain:
     """Whether this worker has to stop.  Installs the signal handlers."""
 
-    def __init__(self, job_end: float) -> None:
+    def __init__(self, job_end: float, drain_file: Path | None = None) -> None:
         """Prepare for a job that ends at `job_end` (Unix seconds, or infinite)."""
         self._job_end = job_end
+        self._drain_file = drain_file
         self._requested = False
         self._at_once = False
         self._interruptible = False
@@ -46,6 +51,8 @@ class Drain:
 
     def is_due(self) -> bool:
         """Whether to stop: asked to, or the next epoch would not end before the job does."""
+        if self._drain_file and self._drain_file.exists():
+            return True
         needed = max(RESERVE_SECONDS, REPORT_SECONDS + self._longest_epoch)
         return self._requested or time.time() + needed > self._job_end
 

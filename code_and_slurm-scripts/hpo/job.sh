@@ -87,8 +87,17 @@ run_workers() {
     if ((WORKERS_PER_GPU > 1)); then
         several=(bash hpo/mps.sh)
     fi
+    export DRAIN_FILE=$scripts/.drain-$SLURM_JOB_ID # the workers stop when it is there
+    trap 'touch "$DRAIN_FILE"' USR1                 # from Slurm, 90 s before the time limit
     "${on_every_gpu[@]}" --output="$logs/%j.%t.out" "${several[@]}" \
-        bash hpo/keep_running.sh "${in_container[@]}" python -u "$PY_SCRIPT" || status=$?
+        bash hpo/keep_running.sh "${in_container[@]}" python -u "$PY_SCRIPT" &
+    local step=$!
+    while true; do # in the background, because bash obeys a trap between commands only
+        status=0
+        wait "$step" || status=$?
+        kill -0 "$step" 2>/dev/null || break # otherwise the signal has ended the wait
+    done
+    rm -f "$DRAIN_FILE"
     if ((status != 0)); then
         echo "A worker ended with status $status; the reason is at the end of its log:" >&2
         echo "    tail -n 20 $logs/$SLURM_JOB_ID.*.out" >&2

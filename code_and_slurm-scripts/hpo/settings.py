@@ -17,8 +17,8 @@ run-optuna-multinode_Turpan.sh and of README.txt:
     KEEP_BEST      best trials whose weights stay on disk  3
     LEASE_GRACE    seconds without a sign of life after which a trial goes back to the queue  60
 
-The launch scripts set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix seconds)
-and ALIVE_JOBS (the user's jobs in Slurm's queue).
+The launch scripts set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix seconds),
+DRAIN_FILE (hpo/drain.py) and ALIVE_JOBS (the user's jobs in Slurm's queue).
 
 This module imports nothing but the standard library, so that it starts at once on a login node.
 """
@@ -68,6 +68,7 @@ class Settings:
     rank: int  # of this worker among the workers of its job: 0, 1, …
     job_id: str  # of Slurm, with ".1" after the first requeue; "" outside of it
     job_end: float  # Unix seconds; infinite where nothing ends the job
+    drain_file: Path | None  # workers stop when it exists
     alive_jobs: frozenset[str] | None  # ids; None where nobody asked Slurm
 
     @classmethod
@@ -99,6 +100,7 @@ class Settings:
             rank=_integer(env, "WORKER_RANK", env.get("SLURM_PROCID", "0"), 0),
             job_id=_job_id(env),
             job_end=float(env.get("SLURM_JOB_END_TIME", "inf")),
+            drain_file=Path(env["DRAIN_FILE"]) if "DRAIN_FILE" in env else None,
             alive_jobs=frozenset(env["ALIVE_JOBS"].split()) if "ALIVE_JOBS" in env else None,
         )
 

@@ -5,7 +5,7 @@
 How a worker ends, and with which exit status:
 
     0  the study has its TOTAL_TRIALS trials, or the worker was asked to stop:
-       SIGUSR1, or the job's end is near   finish the epoch, give the trial back to the queue
+       DRAIN_FILE, or the job's end near   finish the epoch, give the trial back to the queue
        SIGTERM, Ctrl-C                     give it back at once (the running epoch is lost)
     1  three trials in a row failed and none has succeeded: the objective itself is broken;
        or study.db cannot be written (disk full, …): the trial goes back to the queue
@@ -63,7 +63,7 @@ def run_worker(objective: Objective) -> int:
     _log_to_stdout(settings)
     check_objectives(settings)
     check_packages(settings)
-    drain = Drain(settings.job_end)
+    drain = Drain(settings.job_end, settings.drain_file)
     study = create_or_open_study(settings)
     settings = _prepare(study, settings, adopt_space(study, settings, objective.__globals__))
     study.pruner = DrainingPruner(study.pruner, drain)

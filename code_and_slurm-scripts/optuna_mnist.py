@@ -14,8 +14,9 @@ You should see one line when a trial starts and one when it has finished:
 Then `python check_best_model.py` shows the best model.
 
 To optimise a model of your own, copy this file (my_model.py), edit the four parts below, run
-`python my_model.py --check`, and submit with PY_SCRIPT=my_model.py STUDY_NAME=my_study.  Keep the three calls that make a trial
-visible to Optuna after each epoch (trial.report, checkpoint.save, trial.should_prune).
+`python my_model.py --check`, and submit with PY_SCRIPT=my_model.py STUDY_NAME=my_study.  Keep the
+three calls that make a trial visible to Optuna after each epoch (trial.report, checkpoint.save,
+trial.should_prune).
 """
 
 from __future__ import annotations

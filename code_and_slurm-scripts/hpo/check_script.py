@@ -105,8 +105,8 @@ class Check:
         else:
             self.row("report", "MEND", "never called: trial.report(value, epoch) after each epoch")
         if SECONDS / 4 < whole.first_report < math.inf:
-            print(f"    An epoch takes {words(whole.first_report)}, so this takes minutes.  Faster:\n"
-                  "    train on the first Settings.from_env().train_images of your data.")  # fmt: skip
+            print(f"    An epoch takes {words(whole.first_report)}, so this check takes minutes.")
+            print("    Faster: train on the first Settings.from_env().train_images of your data.")
         return True
 
     def prune(self) -> None:

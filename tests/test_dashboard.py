@@ -73,7 +73,7 @@ def test_dashboard_follows_a_worker(
     worker = subprocess.Popen(
         [sys.executable, str(OBJECTIVE)],
         env={**os.environ, "PYTHONPATH": str(SCRIPTS), "TOTAL_TRIALS": str(TRIALS),
-             "BEHAVIOUR": "slow"},
+             "BEHAVIOUR": "slow", "PRUNER": "none"},
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     seen = set()

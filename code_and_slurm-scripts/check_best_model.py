@@ -57,7 +57,7 @@ def main() -> int:
     study = open_study(settings)
     if options.watch:
         try:
-            follow(study, settings.total_trials)
+            follow(study, settings)
         except KeyboardInterrupt:  # ends the view, not the study
             print()
     elif options.report is not None:
@@ -102,7 +102,7 @@ def print_state(study: optuna.Study, settings: Settings) -> None:
     """Print how far the study is, what failed, the best trials, and their score."""
     print(f"study {study.study_name} in {settings.study_db}")
     trials = study.get_trials(deepcopy=False)
-    print(counts(trials, total_of(study, settings.total_trials)))
+    print(counts(trials, total_of(study, settings)))
     for reason, number in fail_reasons(trials):
         print(f"  {number} × {reason}")
     if not any(trial.state == TrialState.COMPLETE for trial in trials):

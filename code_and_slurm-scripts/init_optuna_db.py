@@ -19,6 +19,7 @@ import sys
 
 from hpo import mnist
 from hpo.objectives import check_objectives
+from hpo.progress import total_of
 from hpo.samplers import check_packages
 from hpo.served_storage import forget_dead_server
 from hpo.settings import Settings, UserError, run_script
@@ -45,7 +46,7 @@ def main() -> int:
             print(f"trial {number} of a job that has ended goes back to the queue")
     print(
         f"study {study.study_name} is ready in {settings.study_db} "
-        f"({len(study.get_trials(deepcopy=False))} of {settings.total_trials} trials)"
+        f"({len(study.get_trials(deepcopy=False))} of {total_of(study, settings)} trials)"
     )
     return 0
 

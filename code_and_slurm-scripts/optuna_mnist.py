@@ -2,6 +2,7 @@
 """Hyperparameter optimisation of a CNN on MNIST: one worker.  COPY AND EDIT THIS FILE.
 
     python optuna_mnist.py                  one worker, until the study has TOTAL_TRIALS trials
+    python optuna_mnist.py --check          in a minute: does it do what a study needs?
     bash run-optuna-local.sh                one worker per GPU (or core) of this machine
     sbatch run-optuna-multinode_Turpan.sh   one worker per GPU on several nodes
 
@@ -12,9 +13,10 @@ You should see one line when a trial starts and one when it has finished:
 
 Then `python check_best_model.py` shows the best model.
 
-To optimise a model of your own, copy this file (my_model.py), edit the four parts below, and
-submit with PY_SCRIPT=my_model.py STUDY_NAME=my_study.  Keep the three calls that make a trial
-visible to Optuna after each epoch (trial.report, checkpoint.save, trial.should_prune).
+To optimise a model of your own, copy this file (my_model.py), edit the four parts below, run
+`python my_model.py --check`, and submit with PY_SCRIPT=my_model.py STUDY_NAME=my_study.  Keep the
+three calls that make a trial visible to Optuna after each epoch (trial.report, checkpoint.save,
+trial.should_prune).
 """
 
 from __future__ import annotations

@@ -52,6 +52,10 @@ def test_worker_stops_at_total_trials_and_a_larger_total_adds(run: Run) -> None:
     assert len(trials()) == 7
     run(OBJECTIVE, TOTAL_TRIALS="10")
     assert [trial.number for trial in trials()] == list(range(10))
+    # By hand, without the job's environment: the study knows the total of its last job.
+    assert "10 of 10 trials" in run("check_best_model.py").stdout
+    assert "(10 of 10 trials)" in run("init_optuna_db.py", PY_SCRIPT=OBJECTIVE.name).stdout
+    assert "10 of 12 trials" in run("check_best_model.py", TOTAL_TRIALS="12").stdout
     assert all(trial.state.is_finished() for trial in trials())
 
 

@@ -5,6 +5,7 @@ python -m hpo.count              212 288
 
 from __future__ import annotations
 
+from hpo.progress import total_of
 from hpo.settings import Settings, run_script
 from hpo.storage import open_study
 
@@ -12,9 +13,10 @@ from hpo.storage import open_study
 def main() -> int:
     """Print the numbers for the study of the environment; return the exit status."""
     settings = Settings.from_env()
-    trials = open_study(settings).get_trials(deepcopy=False)
+    study = open_study(settings)
+    trials = study.get_trials(deepcopy=False)
     finished = sum(trial.state.is_finished() for trial in trials)
-    print(finished, max(settings.total_trials, len(trials)) - finished)
+    print(finished, max(total_of(study, settings), len(trials)) - finished)
     return 0
 
 

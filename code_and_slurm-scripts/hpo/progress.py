@@ -7,6 +7,7 @@ check_best_model.py --watch    follow(): a view that refreshes itself in a termi
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.leases import RUNNING
+from hpo.settings import Settings
 from hpo.sqlite_storage import SQLiteStorage
 
 POLL_SECONDS = 2.0
@@ -23,9 +25,15 @@ BAR = 40  # characters
 CLEAR = "\x1b[H\x1b[2J"  # the terminal's codes for: cursor to the top left, erase all
 
 
-def total_of(study: optuna.Study, total_trials: int) -> int:
-    """Return with how many trials the study ends: a grid ends when it is exhausted."""
-    return min(total_trials, int(study.user_attrs.get("combinations", total_trials)))
+def total_of(study: optuna.Study, settings: Settings) -> int:
+    """Return with how many trials the study ends: a grid ends when it is exhausted.
+
+    Without TOTAL_TRIALS in the environment it is the one of the study's last job.
+    """
+    total = settings.total_trials
+    if not os.environ.get("TOTAL_TRIALS"):
+        total = int(study.user_attrs.get("total_trials", total))
+    return min(total, int(study.user_attrs.get("combinations", total)))
 
 
 def counts(trials: list[FrozenTrial], total: int) -> str:
@@ -83,7 +91,7 @@ def outlook(study: optuna.Study, left: int, rate: float) -> str:
     return f"{best}, about {left / rate / 60:.0f} min left" if rate and left else best
 
 
-def follow(study: optuna.Study, total_trials: int) -> None:
+def follow(study: optuna.Study, settings: Settings) -> None:
     """Show the study until it is done: refreshed in a terminal, elsewhere a line per change."""
     begin, first, last = time.monotonic(), -1, ""
     while True:
@@ -92,7 +100,7 @@ def follow(study: optuna.Study, total_trials: int) -> None:
         first = done if first < 0 else first
         # A worker may be the first to know how many combinations there are.
         total = total_of(optuna.load_study(study_name=study.study_name, storage=study._storage),
-                         total_trials)  # fmt: skip
+                         settings)  # fmt: skip
         rate = (done - first) / max(time.monotonic() - begin, 1e-9)
         if sys.stdout.isatty():
             print(CLEAR + view(study, trials, total, rate), flush=True)

@@ -67,9 +67,13 @@ def adopt_space(study: optuna.Study, settings: Settings, script: Mapping[str, An
     }
     _refuse_another(study, settings, remembered)
     several = len(study.directions) > 1  # then nothing is pruned
-    facts = {"sampler": settings.sampler, "pruner": "none" if several else settings.pruner}
+    facts: dict[str, Any] = {
+        "sampler": settings.sampler,
+        "pruner": "none" if several else settings.pruner,
+        "total_trials": settings.total_trials,  # of the last job: it may be raised
+    }
     if names := settings.objectives or declared_objectives(settings.py_script)[:1]:
-        facts["objectives"] = list(names)  # type: ignore[assignment]
+        facts["objectives"] = list(names)
     for key, value in {**{k: v for k, v in remembered.items() if v}, **facts}.items():
         if study.user_attrs.get(key) != value:
             study.set_user_attr(key, value)

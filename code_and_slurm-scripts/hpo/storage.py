@@ -156,4 +156,5 @@ def _add_study(storage: BaseStorage, settings: Settings) -> Study:
         )
     if "py_script" not in study.user_attrs:
         study.set_user_attr("py_script", settings.py_script)
+        study.set_user_attr("total_trials", settings.total_trials)
     return study

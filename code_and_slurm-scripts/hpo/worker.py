@@ -1,6 +1,7 @@
 """A worker: claim a trial, run the objective, tell the result; again, until the study is full.
 
-    python optuna_mnist.py      is one worker; the launch scripts start one per GPU
+    python optuna_mnist.py            is one worker; the launch scripts start one per GPU
+    python optuna_mnist.py --check    is the script fit for a study?  (hpo/check_script.py)
 
 How a worker ends, and with which exit status:
 
@@ -38,7 +39,7 @@ from hpo.drain import Drain, Drained, DrainingPruner
 from hpo.objectives import as_claimed, check_objectives
 from hpo.samplers import check_packages, make_pruner, make_sampler, sampler_seed
 from hpo.served_storage import ServedStorage
-from hpo.settings import Settings
+from hpo.settings import Settings, UserError
 from hpo.space import Plan, adopt_space
 from hpo.sqlite_storage import NoTrialLeft, SQLiteStorage
 from hpo.storage import create_or_open_study
@@ -56,9 +57,17 @@ log = logging.getLogger("hpo.worker")
 def run_worker(objective: Objective) -> int:
     """Run trials until the study has TOTAL_TRIALS of them; return the exit status.
 
+    With --check on the command line: check the script instead.
+
     Raises:
         UserError: a setting is wrong, or the study belongs to another objective.
     """
+    if sys.argv[1:] == ["--check"]:
+        from hpo.check_script import check_script  # no worker needs it
+
+        return check_script(objective)
+    if sys.argv[1:]:
+        raise UserError(f"unknown: {' '.join(sys.argv[1:])} (there is --check, and nothing else)")
     settings = Settings.from_env(PY_SCRIPT=Path(objective.__code__.co_filename).name)
     _log_to_stdout(settings)
     check_objectives(settings)

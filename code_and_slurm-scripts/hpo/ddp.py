@@ -24,6 +24,7 @@ import os
 import signal
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import connection, resource_tracker
@@ -71,7 +72,7 @@ def synchronised(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
 
     Only the last micro-batch of a step exchanges gradients (`now`); until then they add up.
     """
-    return model.no_sync() if processes() > 1 and not now else nullcontext()  # type: ignore[operator, no-any-return]
+    return model.no_sync() if processes() > 1 and not now else nullcontext()  # type: ignore[operator]
 
 
 def total(value: Tensor) -> float:
@@ -193,7 +194,10 @@ def _run(
         )
         trial = cast("optuna.Trial", RemoteTrial(trial_number, pipe))
         pipe.send(("return", train_model(config, trial)))
+    except optuna.TrialPruned as pruned:
+        pipe.send(("raise", pruned))
     except Exception as error:
+        traceback.print_exc()  # in the worker's log; an exception is sent without it
         _send(pipe, error)
     pipe.recv()  # the worker ends all processes at once
 

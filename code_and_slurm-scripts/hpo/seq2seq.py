@@ -117,5 +117,7 @@ def exact_match(model: Any, pairs: Sequence[Pair]) -> float:
                 do_sample=False,
                 num_beams=1,
             ).tolist()
-        right += sum(text_of(row[1:]) == output for row, (_, output) in zip(rows, batch))
+        right += sum(
+            text_of(row[1:]) == output for row, (_, output) in zip(rows, batch, strict=True)
+        )
     return right / len(pairs)

@@ -120,6 +120,13 @@ class Settings:
             return Path(self.study_db[len(SQLITE_PREFIX) :])
         return None
 
+    def inputs(self) -> dict[str, str]:
+        """DATA and SMALL where they are given: what every trial of a study must have in common."""
+        found = {"SMALL": "1"} if self.small else {}
+        if self.data:  # relative: the bundle may be moved
+            found["DATA"] = os.path.relpath(self.data, SCRIPTS)
+        return found
+
     @property
     def checkpoints(self) -> Path:
         """The folder of this study's checkpoints and weights, beside study.db."""

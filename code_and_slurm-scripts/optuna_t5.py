@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo import checkpoint, ddp
-from hpo.objectives import chosen
+from hpo.objectives import check_needs, chosen
 from hpo.pairs import Pair, load_pairs
 from hpo.seq2seq import (
     VOCABULARY,
@@ -38,7 +38,7 @@ from hpo.seq2seq import (
     summed_loss,
     targets,
 )
-from hpo.settings import Settings, UserError, run_script
+from hpo.settings import Settings, UserError, pip_command, run_script
 from hpo.training import fused_adam, pick_device
 from hpo.worker import run_worker
 
@@ -224,6 +224,12 @@ def test_model(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, 
 
 def main() -> int:
     """Check what can be wrong before the first trial, then be a worker."""
+    check_needs("optuna_t5.py")
+    from transformers.utils import is_torch_available
+
+    if not is_torch_available():  # transformers 5 ignores a torch older than 2.4
+        wanted = pip_command(*NEEDS)
+        raise UserError(f"this transformers is too new for torch {torch.__version__}; {wanted}")
     ddp.check_gpus()
     load_pairs(Settings.from_env())
     return run_worker(objective)

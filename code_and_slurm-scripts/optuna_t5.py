@@ -225,7 +225,7 @@ def test_model(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, 
 def main() -> int:
     """Check what can be wrong before the first trial, then be a worker."""
     check_needs("optuna_t5.py")
-    from transformers.utils import is_torch_available
+    from transformers.utils import is_torch_available  # type: ignore[attr-defined]
 
     if not is_torch_available():  # transformers 5 ignores a torch older than 2.4
         wanted = pip_command(*NEEDS)

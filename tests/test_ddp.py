@@ -79,7 +79,7 @@ def failing(config: dict[str, Any], trial: optuna.Trial | None) -> float:
     [
         ("raise", MemoryError, "no room"),
         ("die", RuntimeError, "process 1 of the trial died .exit status -9."),
-        ("prune", optuna.TrialPruned, ""),
+        ("prune", optuna.TrialPruned, "^$"),
     ],
 )
 def test_what_happens_to_one_process_ends_the_trial(

@@ -74,7 +74,10 @@ def save(
     if not trial:
         return
     import torch
+    from torch import distributed
 
+    if distributed.is_initialized() and distributed.get_rank():
+        return  # of several processes with the same weights (hpo/ddp.py) the first writes
     state: dict[str, Any] = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

@@ -1,0 +1,93 @@
+"""README's chapter 7: optuna-dashboard shows a study while a worker writes, and changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+from common import BUNDLE, SCRIPTS, Run
+
+OBJECTIVE = BUNDLE / "tests" / "objective_for_tests.py"
+TRIALS = 50  # of 0.2 s
+
+if not importlib.util.find_spec("optuna_dashboard") and "CI" not in os.environ:
+    pytest.skip("needs optuna-dashboard (group test)", allow_module_level=True)
+
+
+@pytest.fixture
+def address() -> str:
+    """Return a free address for a server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def dashboard(run: Run, own_study: Path, address: str) -> Iterator[Callable[[str], str]]:
+    """Start the dashboard as README does, on a new study; return what fetches a page of it."""
+    assert run("init_optuna_db.py", PY_SCRIPT=OBJECTIVE.name).returncode == 0
+    host, port = address.split(":")
+    program = str(Path(sys.executable).with_name("optuna-dashboard"))
+    command = [program, f"sqlite:///{own_study}", "--host", host, "--port", port]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def page(path: str) -> str:
+        for _ in range(600):
+            try:
+                with urlopen(f"http://{address}{path}", timeout=30) as answer:
+                    return str(answer.read().decode())
+            except URLError:
+                assert server.poll() is None, "the dashboard has ended"
+                time.sleep(0.1)
+        raise TimeoutError("the dashboard does not answer")
+
+    yield page
+    server.terminate()
+    server.wait()
+
+
+def trials(page: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return the trials that the dashboard shows."""
+    found: list[dict[str, Any]] = json.loads(page("/api/studies/1"))["trials"]
+    return found
+
+
+def test_dashboard_follows_a_worker(
+    dashboard: Callable[[str], str], own_study: Path, run: Run
+) -> None:
+    assert "<title>Optuna Dashboard</title>" in dashboard("/dashboard")
+    worker = subprocess.Popen(
+        [sys.executable, str(OBJECTIVE)],
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS), "TOTAL_TRIALS": str(TRIALS),
+             "BEHAVIOUR": "slow", "PRUNER": "none"},
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    seen = set()
+    while worker.poll() is None:
+        seen.add(len(trials(dashboard)))
+        time.sleep(0.1)
+    assert worker.returncode == 0
+    # It was watched while it worked, though the dashboard reads at most every ten seconds.
+    assert seen & set(range(1, TRIALS)), seen
+    before = hashlib.sha256(own_study.read_bytes()).hexdigest()
+    end = time.monotonic() + 120
+    while Counter(t["state"] for t in trials(dashboard)) != {"Complete": TRIALS}:
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    summaries = json.loads(dashboard("/api/studies"))["study_summaries"]
+    assert [study["study_name"] for study in summaries] == ["mnist_hpo"]
+    assert hashlib.sha256(own_study.read_bytes()).hexdigest() == before

@@ -82,7 +82,13 @@ def main() -> int:
     rows = [shared_folder(facts, tasks)]
     if rows[0].mark == OK:
         rows += [locks(meeting, facts), counter(meeting)]
-    rows += [gpus(facts), packages(facts), data(facts), disk(facts), time_left(settings)]
+    rows += [
+        gpus(facts, settings.gpus_per_trial),
+        packages(facts),
+        data(facts),
+        disk(facts),
+        time_left(settings),
+    ]
     if settings.rank:
         meeting.say("done", {})
         return 0
@@ -225,8 +231,8 @@ def read_counter(path: Path) -> int | str:
         return str(error)
 
 
-def gpus(facts: dict[int, Facts]) -> Row:
-    """Whether each task has a GPU of its own."""
+def gpus(facts: dict[int, Facts], needed: int = 1) -> Row:
+    """Whether each task has GPUs of its own, and as many as GPUS_PER_TRIAL."""
     names = [name for each in facts.values() for name in each["gpus"]]
     owners = [(each["host"], each["visible"]) for each in facts.values()]
     if not names:
@@ -235,6 +241,9 @@ def gpus(facts: dict[int, Facts]) -> Row:
         return Row(BAD, "GPUs", f"tasks {without} see none", "see --gres and --gpus-per-task")
     if len(facts) > 1 and len(set(owners)) < len(owners):
         return Row(BAD, "GPUs", "tasks share one", "see --ntasks-per-node and --gpus-per-task")
+    if few := [rank for rank, each in facts.items() if len(each["gpus"]) < needed]:
+        cure = f"--ntasks-per-node=1 and --gpus-per-task={needed} in the batch script"
+        return Row(BAD, "GPUs", f"tasks {few} see fewer than GPUS_PER_TRIAL={needed}", cure)
     return Row(OK, "GPUs", f"{len(facts)} tasks, each with its own ({', '.join(sorted({*names}))})")
 
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import sys
 
-from hpo import mnist
-from hpo.objectives import check_objectives
+from hpo import mnist, pairs
+from hpo.objectives import check_needs, check_objectives
 from hpo.progress import total_of
 from hpo.samplers import check_packages
 from hpo.served_storage import forget_dead_server
@@ -34,9 +34,12 @@ def main() -> int:
         raise UserError("too many arguments; usage: init_optuna_db.py [STUDY_DB] [STUDY_NAME]")
     settings = Settings.from_env(**dict(zip(("STUDY_DB", "STUDY_NAME"), arguments, strict=False)))
     check_objectives(settings)
+    check_needs(settings.py_script)
     check_packages(settings)
     if settings.py_script == "optuna_mnist.py":  # a script of your own prepares its own data
         mnist.prepare()
+    if settings.py_script == "optuna_t5.py" or settings.data:
+        pairs.prepare(settings)
     forget_dead_server(settings)
     study = create_or_open_study(settings)
     if isinstance(study._storage, SQLiteStorage):

@@ -33,7 +33,12 @@ if command -v nvidia-smi >/dev/null; then
     gpus=$(nvidia-smi --list-gpus | wc -l)
 fi
 export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}"
-workers=$((gpus > 0 ? gpus * WORKERS_PER_GPU : $(nproc)))
+per_trial=${GPUS_PER_TRIAL:-1} # processes; without a GPU each takes a core
+workers=$((gpus > 0 ? gpus * WORKERS_PER_GPU / per_trial : $(nproc) / per_trial))
+if ((workers == 0)); then
+    echo "error: GPUS_PER_TRIAL=$per_trial, but there are $gpus GPUs and $(nproc) cores" >&2
+    exit 2
+fi
 if ((gpus > 0 && WORKERS_PER_GPU > 1)); then
     start_mps
     trap stop_mps EXIT
@@ -58,7 +63,10 @@ watch=$!
 trap stop INT TERM
 for ((rank = 0; rank < workers; rank++)); do
     # With Ctrl-C the terminal signals this script, which then ends the workers.
-    device=$((gpus > 0 ? rank % gpus : -1))
+    device=-1
+    if ((gpus > 0)); then # so many GPUs in a row
+        device=$(seq --separator=, $((rank * per_trial % gpus)) $((rank * per_trial % gpus + per_trial - 1)))
+    fi
     WORKER_RANK=$rank CUDA_VISIBLE_DEVICES=$device \
         "$python" "$PY_SCRIPT" >>"$logs/local.$rank.out" 2>&1 &
     pids+=("$!")

@@ -35,6 +35,11 @@
 # Twelve GPUs:
 ##SBATCH --nodes=6
 #
+# Each trial on both GPUs of a node (GPUS_PER_TRIAL=2 PY_SCRIPT=optuna_t5.py sbatch …):
+##SBATCH --ntasks-per-node=1
+##SBATCH --gpus-per-task=2
+##SBATCH --cpus-per-task=80
+#
 # A slice of a GPU (MIG); without --gpus-per-task:
 ##SBATCH --partition=3g.40gb
 ##SBATCH --nodes=1

@@ -13,7 +13,7 @@ SCRIPTS = BUNDLE / "code_and_slurm-scripts"
 SETTINGS = (
     *("STUDY_DB", "STUDY_NAME", "TOTAL_TRIALS", "PY_SCRIPT", "DIRECTION", "SAMPLER", "PRUNER"),
     *("SEED", "TRAIN_IMAGES", "WORKER_RANK", "SLURM_PROCID", "SLURM_JOB_ID", "CONTAINER"),
-    *("WORKERS_PER_GPU", "DRAIN_FILE"),
+    *("WORKERS_PER_GPU", "DRAIN_FILE", "GPUS_PER_TRIAL", "DATA", "SMALL"),
     *("KEEP_BEST", "OBJECTIVES", "LEASE_GRACE", "SLURM_JOB_END_TIME", "ALIVE_JOBS"),
 )
 # The smallest net of the search space, for tests that train: 0.2 s an epoch on 1 000 images.
@@ -26,6 +26,19 @@ SMALL = {
     "kernel2": 3,
     "fc_dim": 64,
     "epochs": 3,
+}
+# A transformer for tests: 0.1 s an epoch on the 200 pairs of the fixture tiny_pairs.
+TINY_T5 = {
+    "d_model": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "lr": 5e-3,
+    "dropout": 0.0,
+    "warmup": 0.1,
+    "d_kv": 16,
+    "epochs": 3,
+    "batch_size": 32,
+    "micro_batch": 32,
 }
 
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]

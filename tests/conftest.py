@@ -23,6 +23,16 @@ def own_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def tiny_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let the test's optuna_t5.py have 200 pairs of its own, and the small search space."""
+    path = tmp_path / "pairs.tsv"
+    path.write_text("".join(f"{number}\t{number:b}\n" for number in range(200)))
+    monkeypatch.setenv("DATA", str(path))
+    monkeypatch.setenv("SMALL", "1")
+    return path
+
+
+@pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Return a function that runs a script in another folder and returns what it printed."""
 

@@ -139,7 +139,7 @@ class Launcher:
 
 def storm_ours(folder: Path, seed: int, kills: int = KILLS) -> Result:
     launcher, start = Launcher(folder, True, seed), time.monotonic()
-    done = launcher.storm(kills, 300)
+    done = launcher.storm(kills, 900)
     observer = open_study(launcher.path, "observer", grace=GRACE, max_attempts=10**9)
     polls = 6  # one look, the grace period in five steps
     for _ in range(polls):

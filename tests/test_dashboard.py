@@ -84,7 +84,7 @@ def test_dashboard_follows_a_worker(
     # It was watched while it worked, though the dashboard reads at most every ten seconds.
     assert seen & set(range(1, TRIALS)), seen
     before = hashlib.sha256(own_study.read_bytes()).hexdigest()
-    end = time.monotonic() + 15
+    end = time.monotonic() + 120
     while Counter(t["state"] for t in trials(dashboard)) != {"Complete": TRIALS}:
         assert time.monotonic() < end
         time.sleep(0.5)

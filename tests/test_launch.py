@@ -46,6 +46,7 @@ exit ${status:-0}
 SQUEUE = """#!/bin/bash
 # Stands for squeue: this job is the user's only one.
 [[ $* == *--format=%A* ]] && echo "$SLURM_JOB_ID"
+[[ $* == *"--format=%l %D %P %o"* ]] && echo "10:00 2 small $SLURM_SUBMIT_DIR/my-job.sh"
 [[ $* == *--format=%e* ]] && date --date="${JOB_ENDS_IN:-600} seconds" +%Y-%m-%dT%H:%M:%S
 exit 0
 """
@@ -192,10 +193,12 @@ def test_job_out_of_time_says_how_to_go_on_and_submits_its_successor(job: Path) 
     assert result.returncode == 0, result.stdout + result.stderr
     assert "trials are left; this job finished" in result.stdout
     assert "TOTAL_TRIALS=400 STUDY_NAME=mnist_hpo" in result.stdout
+    assert "sbatch my-job.sh" in result.stdout
     record = job.parent.parent / "srun.log"
     assert "sbatch" not in record.read_text()  # nobody is billed by surprise
     sbatch(job, **few, CHAIN_JOBS="2")
-    assert "multinode_Turpan.sh CHAIN_JOBS=1 TOTAL_TRIALS=400" in record.read_text()
+    options = f"--time=10:00 --nodes=2 --partition=small {job}/my-job.sh"
+    assert f"sbatch {options} CHAIN_JOBS=1 TOTAL_TRIALS=400" in record.read_text()
 
 
 def test_signal_from_slurm_drains_the_workers(job: Path) -> None:

@@ -19,6 +19,7 @@ from common import SCRIPTS, SMALL, Run
 from hpo import checkpoint, mnist
 from hpo.settings import Settings
 from hpo.storage import create_or_open_study, open_study
+from hpo.training import fused_adam
 
 
 @pytest.fixture
@@ -109,6 +110,25 @@ def test_resumed_trial_equals_the_uninterrupted_one(study: optuna.Study) -> None
         resumed = optuna_mnist.train_model(config, other)
     assert resumed == whole
     assert study.get_trials()[other_number].intermediate_values == curve
+
+
+def test_checkpoint_of_a_gpu_goes_on_a_cpu(study: optuna.Study) -> None:
+    """There Adam is capturable, which on a CPU is an error at the next step."""
+    trial = study.ask()
+
+    def step() -> None:
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    step()
+    optimizer.param_groups[0].update(capturable=True, fused=False)
+    checkpoint.save(trial, model, optimizer, [0.5])
+    optimizer = fused_adam(model, 1e-3)
+    assert checkpoint.load(trial, model, optimizer) == [0.5]
+    step()
+    assert optimizer.state[model.weight]["step"] == 2
 
 
 def test_worker_keeps_the_weights_of_the_best_trial_only(study: optuna.Study, run: Run) -> None:

@@ -17,7 +17,7 @@ FOLDER = BUNDLE / "tests" / "benchmarks"
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["training.py", "--rounds", "1", "--configurations", "1"], "ours against guide"),
+        (["training.py", "--rounds", "1", "--configurations", "1"], "ours against the guide"),
         (["study.py", "--trials", "2"], "2 trials in"),
     ],
 )

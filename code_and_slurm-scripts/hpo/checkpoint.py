@@ -49,6 +49,9 @@ def load(
 
     state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
+    # How a step is computed is this machine's business: a trial may go on from GPU to CPU.
+    for saved, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+        saved.update({key: own[key] for key in ("fused", "capturable", "foreach") if key in own})
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["cpu_rng"])
     if "cuda_rng" in state and torch.cuda.is_available():
@@ -71,7 +74,10 @@ def save(
     if not trial:
         return
     import torch
+    from torch import distributed
 
+    if distributed.is_initialized() and distributed.get_rank():
+        return  # of several processes with the same weights (hpo/ddp.py) the first writes
     state: dict[str, Any] = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

@@ -27,6 +27,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from hpo.checkpoint import weights_path
+from hpo.objectives import check_needs
 from hpo.settings import SCRIPTS, Settings, UserError, pip_command
 
 LOAD_MODEL = '''"""Load the exported model.  python load_model.py"""
@@ -74,15 +75,19 @@ def load_script(study: optuna.Study, settings: Settings) -> ModuleType:
     """Import the study's script, which imports torch.
 
     Raises:
-        UserError: torch or the script is missing.
+        UserError: torch, the script, a package that it needs, or its DATA is missing.
     """
     name = str(study.user_attrs.get("py_script", settings.py_script))
     if not importlib.util.find_spec("torch"):
         raise UserError(f"needs torch, which this Python has not: {pip_command('torch')}")
     if not (SCRIPTS / name).exists():
         raise UserError(f"{name} is not in {SCRIPTS}")
-    # Its search space takes the form that the study's sampler needs (hpo/samplers.py).
+    check_needs(name)
+    # Its search space takes the form that the study's sampler needs (hpo/samplers.py); its data
+    # and its size are the study's, too.
     os.environ["SAMPLER"] = str(study.user_attrs.get("sampler", settings.sampler))
+    os.environ.update(study.user_attrs.get("inputs", {}))
+    Settings.from_env()  # DATA may be gone
     return importlib.import_module(Path(name).stem)
 
 

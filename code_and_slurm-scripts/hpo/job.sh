@@ -45,6 +45,10 @@ ask_slurm() {
     # Trials of jobs that are not in this list go back to the queue at once.
     ALIVE_JOBS=$(squeue --noheader --me --format=%A | tr '\n' ' ') || unset ALIVE_JOBS
     export ALIVE_JOBS
+    # With what it was submitted, on the command line or by its header: for a successor.
+    read -r time_limit nodes partition batch_script < <(
+        squeue --noheader --jobs="$SLURM_JOB_ID" --format="%l %D %P %o"
+    ) || true
     echo "Job $SLURM_JOB_ID: $tasks workers on $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)"
 }
 
@@ -55,8 +59,9 @@ create_study() {
 
 # The preflight; status 3 means that all is well but for the locks between the nodes.
 check_nodes() {
-    local result=0
+    local result=0 begin=$SECONDS
     "${on_every_gpu[@]}" "${in_container[@]}" python check_cluster.py || result=$?
+    echo "Preflight of $tasks tasks: $((SECONDS - begin)) s"
     case $result in
         0) ;;
         3) serve_study ;;
@@ -119,10 +124,11 @@ print_report() {
     fi
     echo "${after[1]} trials are left; this job finished $((after[0] - before[0])). To go on:"
     echo "    cd $scripts && TOTAL_TRIALS=$TOTAL_TRIALS STUDY_NAME=$STUDY_NAME \\"
-    echo "        STUDY_DB=$STUDY_DB PY_SCRIPT=$PY_SCRIPT sbatch run-optuna-multinode_Turpan.sh"
+    echo "        STUDY_DB=$STUDY_DB PY_SCRIPT=$PY_SCRIPT sbatch ${batch_script##*/}"
     if ((CHAIN_JOBS > 0 && status == 0 && after[0] > before[0])); then
         # All settings of this job are exported, and so are its successor's.
-        env -u SLURM_JOB_END_TIME CHAIN_JOBS=$((CHAIN_JOBS - 1)) sbatch run-optuna-multinode_Turpan.sh
+        env -u SLURM_JOB_END_TIME CHAIN_JOBS=$((CHAIN_JOBS - 1)) sbatch --time="$time_limit" \
+            --nodes="$nodes" --partition="$partition" "$batch_script"
     elif ((CHAIN_JOBS > 0)); then
         echo "No successor is submitted: this job has finished no trial, or failed."
     fi
@@ -131,7 +137,7 @@ print_report() {
 # --estimate: before anything is submitted.  Reads this script's own header.
 estimate() {
     header() { # header NAME: the value of its #SBATCH line
-        sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$scripts/run-optuna-multinode_Turpan.sh"
+        sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$scripts/${0##*/}"
     }
     local nodes per_node hours minutes seconds
     nodes=$(header nodes) per_node=$(header ntasks-per-node)

@@ -2,6 +2,7 @@
 
     OBJECTIVES = ("loss", "parameters")                        in the script: what it can measure
     return chosen({"loss": loss, "parameters": parameters})    in its objective(trial)
+    NEEDS = ("transformers==4.57.6", "num2words")              packages beside torch and Optuna
 
 Without OBJECTIVES in the environment a study has one objective: the first.
 """
@@ -10,14 +11,20 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 import optuna
 
-from hpo.settings import SCRIPTS, Settings, UserError
+from hpo.settings import SCRIPTS, Settings, UserError, pip_command
 
 
 def declared_objectives(py_script: str) -> tuple[str, ...]:
-    """Return the names in a script's line OBJECTIVES = (…); none without it.
+    """Return the names in a script's line OBJECTIVES = (…); none without it."""
+    return declared(py_script, "OBJECTIVES")
+
+
+def declared(py_script: str, name: str) -> tuple[str, ...]:
+    """Return the words in a script's line `name` = (…); none without it.
 
     The script is read, not run: init_optuna_db.py must not wait for torch.
     """
@@ -25,18 +32,21 @@ def declared_objectives(py_script: str) -> tuple[str, ...]:
     if not path.exists():
         return ()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OBJECTIVES":
-            return tuple(str(name) for name in ast.literal_eval(node.value))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return tuple(str(word) for word in ast.literal_eval(node.value))
     return ()
 
 
 def check_objectives(settings: Settings) -> None:
-    """Raise UserError for an objective that the script does not declare."""
+    """Raise UserError for an objective, or several GPUs per trial, that the script has not."""
     known = declared_objectives(settings.py_script)
     for name in settings.objectives:
         if name not in known:
             offer = f"offers {', '.join(known)}" if known else "declares none (OBJECTIVES = (…))"
             raise UserError(f"OBJECTIVES: {name!r} is unknown; {settings.py_script} {offer}")
+    script = SCRIPTS / settings.py_script
+    if settings.gpus_per_trial > 1 and script.exists() and "ddp.together" not in script.read_text():
+        raise UserError(f"GPUS_PER_TRIAL: {settings.py_script} trains on one GPU (no ddp.together)")
 
 
 def chosen(values: Mapping[str, float]) -> float | tuple[float, ...]:
@@ -44,6 +54,17 @@ def chosen(values: Mapping[str, float]) -> float | tuple[float, ...]:
     names = Settings.from_env().objectives or tuple(values)[:1]
     picked = tuple(values[name] for name in names)
     return picked if len(picked) > 1 else picked[0]
+
+
+def check_needs(py_script: str) -> None:
+    """Raise UserError, with the command that installs them, if packages in NEEDS are missing."""
+    needs = declared(py_script, "NEEDS")
+    missing = [package for package in needs if not find_spec(package.split("==")[0])]
+    if missing:
+        raise UserError(
+            f"{py_script} needs {' and '.join(missing)}, which this Python has not; once:\n"
+            f"    {pip_command(*missing)}"
+        )
 
 
 class SeveralObjectivesTrial(optuna.Trial):

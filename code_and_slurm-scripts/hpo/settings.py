@@ -14,6 +14,9 @@ run-optuna-multinode_Turpan.sh and of README.txt:
     SEED           of the samplers and models    none: every start is different
     TRAIN_IMAGES   images that a trial trains on 50000 (fewer for a quick try)
     WORKERS_PER_GPU workers that share one GPU   1
+    GPUS_PER_TRIAL GPUs that share one trial     1
+    DATA           pairs of texts for T5         none: French numbers
+    SMALL          1: a search space for laptops 0
     KEEP_BEST      best trials whose weights stay on disk  3
     LEASE_GRACE    seconds without a sign of life after which a trial goes back to the queue  60
 
@@ -63,6 +66,9 @@ class Settings:
     seed: int | None
     train_images: int
     workers_per_gpu: int  # the launch scripts start them
+    gpus_per_trial: int  # hpo/ddp.py
+    data: Path | None  # a file of the user's own; None for the data of the script
+    small: bool  # the script's search space for a laptop
     keep_best: int  # trials whose weights are kept
     lease_grace: float  # seconds
     rank: int  # of this worker among the workers of its job: 0, 1, …
@@ -95,6 +101,9 @@ class Settings:
             seed=_integer(env, "SEED", "0", 0) if "SEED" in env else None,
             train_images=_integer(env, "TRAIN_IMAGES", str(TRAIN_IMAGES), 128, TRAIN_IMAGES),
             workers_per_gpu=_integer(env, "WORKERS_PER_GPU", "1", 1, 16),
+            gpus_per_trial=_gpus_per_trial(env),
+            data=_data(env["DATA"]) if "DATA" in env else None,
+            small=_choice(env, "SMALL", "0", ("0", "1")) == "1",
             keep_best=_integer(env, "KEEP_BEST", "3", 1),
             lease_grace=float(_integer(env, "LEASE_GRACE", "60", 1)),
             rank=_integer(env, "WORKER_RANK", env.get("SLURM_PROCID", "0"), 0),
@@ -110,6 +119,13 @@ class Settings:
         if self.study_db.startswith(SQLITE_PREFIX):
             return Path(self.study_db[len(SQLITE_PREFIX) :])
         return None
+
+    def inputs(self) -> dict[str, str]:
+        """DATA and SMALL where they are given: what every trial of a study must have in common."""
+        found = {"SMALL": "1"} if self.small else {}
+        if self.data:  # relative: the bundle may be moved
+            found["DATA"] = os.path.relpath(self.data, SCRIPTS)
+        return found
 
     @property
     def checkpoints(self) -> Path:
@@ -174,6 +190,23 @@ def _integer(
     if int(text) < least or (most and int(text) > most):
         raise UserError(f"{name}={text} is out of range; give an integer {legal}")
     return int(text)
+
+
+def _gpus_per_trial(env: Mapping[str, str]) -> int:
+    number = _integer(env, "GPUS_PER_TRIAL", "1", 1, 8)
+    if number > 1 and env.get("WORKERS_PER_GPU", "1") != "1":
+        raise UserError("GPUS_PER_TRIAL and WORKERS_PER_GPU: only one of them can be more than 1")
+    return number
+
+
+def _data(text: str) -> Path:
+    """Make the path absolute, as that of STUDY_DB; what is in the file, hpo/pairs.py checks."""
+    path = SCRIPTS / text  # an absolute right-hand side replaces SCRIPTS
+    if not path.is_file():
+        raise UserError(f"DATA={text!r}: there is no file {path}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"DATA={text!r}: no permission to read {path}")
+    return path
 
 
 def _job_id(env: Mapping[str, str]) -> str:

@@ -154,7 +154,22 @@ def _add_study(storage: BaseStorage, settings: Settings) -> Study:
             f"study {study.study_name!r} belongs to {owner} ({', '.join(found[1])}), not to "
             f"{settings.py_script} ({', '.join(settings.directions)}); choose another STUDY_NAME"
         )
+    _remember_inputs(study, settings)
     if "py_script" not in study.user_attrs:
         study.set_user_attr("py_script", settings.py_script)
         study.set_user_attr("total_trials", settings.total_trials)
     return study
+
+
+def _remember_inputs(study: Study, settings: Settings) -> None:
+    """Trials of other data or of another space cannot be compared: refuse DATA or SMALL."""
+    mine = settings.inputs()
+    known = study.user_attrs.get("inputs", {} if "py_script" in study.user_attrs else mine)
+    if known != mine:
+        words = " ".join(f"{name}={value}" for name, value in known.items())
+        raise UserError(
+            f"study {study.study_name!r} was begun with {words or 'neither DATA nor SMALL'}; "
+            "give the same, or choose another STUDY_NAME"
+        )
+    if mine and "inputs" not in study.user_attrs:
+        study.set_user_attr("inputs", mine)

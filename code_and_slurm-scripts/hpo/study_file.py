@@ -4,6 +4,8 @@ Everything here is about the file; what is in it is sqlite_storage.py's business
 the failure that each of them prevents:
 
 * Rollback journal, never WAL: WAL needs memory shared by all hosts, which no file system gives.
+  It stays as study.db-journal, its header empty (PERSIST): to create and delete it for each
+  commit costs two more rounds with the disk, or with a file server.
 * synchronous=FULL: a trial that was reported as finished survives a power cut.
 * BEGIN IMMEDIATE: who reads and then writes cannot meet "database is locked" half-way.
 * Our own retry: SQLite's sleeps up to 100 ms at a time; its bad name for parallel work is that.
@@ -178,7 +180,7 @@ class StudyFile:
                 f"{Path(self.path).as_uri()}?mode=rw",  # never create a second, empty file
                 uri=True, timeout=0, isolation_level=None, check_same_thread=False,
             )  # fmt: skip
-            for setting in ("journal_mode = DELETE", "synchronous = FULL", "temp_store = MEMORY"):
+            for setting in ("journal_mode = PERSIST", "synchronous = FULL", "temp_store = MEMORY"):
                 self._patiently(self._connection.execute, f"PRAGMA {setting}").fetchall()
         return self._connection
 

@@ -36,7 +36,7 @@ from optuna.trial import TrialState
 
 from hpo import checkpoint
 from hpo.drain import Drain, Drained, DrainingPruner
-from hpo.objectives import as_claimed, check_objectives
+from hpo.objectives import as_claimed, check_needs, check_objectives
 from hpo.samplers import check_packages, make_pruner, make_sampler, sampler_seed
 from hpo.served_storage import ServedStorage
 from hpo.settings import Settings, UserError
@@ -71,6 +71,7 @@ def run_worker(objective: Objective) -> int:
     settings = Settings.from_env(PY_SCRIPT=Path(objective.__code__.co_filename).name)
     _log_to_stdout(settings)
     check_objectives(settings)
+    check_needs(settings.py_script)
     check_packages(settings)
     drain = Drain(settings.job_end, settings.drain_file)
     study = create_or_open_study(settings)
@@ -197,6 +198,9 @@ def _call(
         return TrialState.WAITING, None, ""
     except StudyFileError:
         raise
+    except UserError as error:  # a configuration that cannot be: its one line says all
+        log.error("trial %d failed: %s", trial.number, error)
+        return TrialState.FAIL, None, str(error)
     except Exception as error:  # one bad trial must not end the worker
         log.exception("trial %d failed", trial.number)
         return TrialState.FAIL, None, _reason(error)

@@ -1,6 +1,6 @@
 """The ways to train one configuration that `training.py` compares, each in a process of its own.
 
-    python training_arms.py guide|eager|ours      reads one JSON request per line, answers likewise
+    python training_arms.py guide|eager|ours THREADS      one JSON request per line, one answer
 
     guide   what the published guide does: torchvision's MNIST and transforms in a DataLoader, ReLU
             before pooling, float32, Adam as torch makes it, the loss read after every step
@@ -155,7 +155,7 @@ def step_parts(config: Config, images: int, device: torch.device) -> dict[str, f
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(sys.argv[2]))
     if sys.argv[1] == "ours":
         from hpo.training import pick_device
 

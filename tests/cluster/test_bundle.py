@@ -184,6 +184,9 @@ def test_guide(bundle: Bundle) -> None:
     assert list(workers) == [0, 1, 2, 3]
     assert Counter(workers.values()) == {"n1": 2, "n2": 2}
     assert "best_value" in bundle.log(job)
+    preflight = re.search(r"^Preflight of 4 tasks: (\d+) s$", bundle.log(job), re.MULTILINE)
+    assert preflight, bundle.log(job)
+    bundle.record(Scenario("  … of which preflight", 4, "n1,n2", "", float(preflight[1])))
 
     best = readme_command("apptainer exec --bind", "python check_best_model.py").split()
     shown = bundle.cluster.run("login", *best, options=["--cd", bundle.scripts]).stdout
@@ -258,18 +261,68 @@ def test_scancel_and_submit_again(bundle: Bundle) -> None:
     bundle.done("scancel, then submitted again", [first, second], start)
 
 
-def test_deadline_and_submit_again(bundle: Bundle) -> None:
-    """Before the time limit the workers stop by themselves; the same command goes on."""
+CURVES = """
+import json, sys
+import optuna
+import optuna_mnist
+
+class Recorder(optuna.trial.FixedTrial):
+    def report(self, value, step):
+        self.curve.append(value)
+
+study = optuna.load_study(study_name="mnist_hpo", storage="sqlite:///study.db")
+for number in json.loads(sys.argv[1]):
+    stored = study.trials[number]
+    trial = Recorder(stored.params, number=number)
+    trial.curve = []
+    optuna_mnist.train_model(optuna_mnist.search_space(trial), trial)
+    known = [stored.intermediate_values[step] for step in sorted(stored.intermediate_values)]
+    print(number, known == trial.curve[:len(known)], known, trial.curve)
+"""
+
+
+def test_deadline_and_chain(bundle: Bundle) -> None:
+    """Before the time limit the workers stop by themselves, and the job submits its successor.
+
+    A trial that was interrupted has the curve of one that never was, to the last bit.
+    """
     start = time.monotonic()
     settings = {"TOTAL_TRIALS": "24", "TRAIN_IMAGES": "5000"}
-    first = bundle.submit("--time=3", **settings)
-    bundle.finish(first)
+    jobs = [bundle.submit("--time=3", CHAIN_JOBS="9", **settings)]
+    bundle.finish(jobs[0])
     states = Counter(state for _, state in bundle.trials())
-    assert set(states) <= {"COMPLETE", "PRUNED", "WAITING"}, states
-    assert states["WAITING"], "the study was complete before the deadline: TRAIN_IMAGES is too low"
-    second = bundle.submit(**settings)
-    bundle.finish(second)
-    bundle.done("time limit, then submitted again", [first, second], start, total=24)
+    assert states["RUNNING"] + states["FAIL"] == 0, states
+    assert "The study is complete." not in bundle.log(jobs[0]), "TRAIN_IMAGES is too low"
+    while "The study is complete." not in bundle.log(jobs[-1]):
+        found = re.search(r"^Submitted batch job (\d+)$", bundle.log(jobs[-1]), re.MULTILINE)
+        assert found, bundle.log(jobs[-1])
+        jobs.append(int(found[1]))
+        assert bundle.cluster.job(jobs[-1])["TimeLimit"] == "00:03:00"  # as that of the first
+        bundle.finish(jobs[-1])
+    assert "Submitted" not in bundle.log(jobs[-1])
+    bundle.done(f"time limit, chain of {len(jobs)} jobs", jobs, start, total=24)
+
+    logs = "".join(bundle.log(job, worker) for job in jobs for worker in bundle.workers(job))
+    returned = sorted({int(n) for n in re.findall(r"trial (\d+) back to the queue", logs)})
+    assert returned, "the time limit has interrupted no trial"
+    quick = [f"{name}={value}" for name, value in {**QUICK, **settings}.items()]
+    python = ("apptainer", "exec", "--bind", "/tmpdir,/work", bundle.cluster.image, "python", "-")
+    command = ("env", *quick, "STUDY_NAME=again", *python, str(returned[:3]))
+    options = ("--cd", bundle.scripts)
+    curves = bundle.cluster.run("login", *command, options=options, stdin=CURVES, timeout=600)
+    compared = curves.stdout.splitlines()
+    assert len(compared) == len(returned[:3])
+    assert all(line.split()[1] == "True" for line in compared), curves.stdout
+
+
+def test_estimate(bundle: Bundle) -> None:
+    """What the job will cost, before and after there are trials to learn from."""
+    command = readme_command("bash run-optuna-multinode_Turpan.sh --estimate").split()
+    options = ("--cd", bundle.scripts)
+    shown = bundle.cluster.run("login", *command, options=options).stdout
+    assert "2 (small), 4 workers, one per GPU" in shown
+    assert "assumed: none finished" in shown
+    assert re.search(r"billed +about \d+\.\d core-hours \(160 cores\)", shown), shown
 
 
 def test_requeue(bundle: Bundle) -> None:

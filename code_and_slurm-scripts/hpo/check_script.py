@@ -1,7 +1,7 @@
 """Is a script fit for a study?  `python my_model.py --check` says so before it is submitted.
 
-    my_model.py: short trials on 1000 images, in a temporary folder
-    one trial        ok     2 epochs in 1.3 s, value 0.6131
+    my_model.py: short trials in a temporary folder; your study is not touched
+    one trial        ok     2 epochs in 1.3 s, value 0.6131, with TRAIN_IMAGES=1000
     prune            ok     it ends after the epoch in which should_prune() says yes
     resume           ok     interrupted after epoch 1 it went on at epoch 2, to the same value
     lr               ok     0.000707 instead of 0.0001 changes the result
@@ -39,8 +39,10 @@ from hpo.settings import Settings
 from hpo.short_trial import EPOCHS, Outcome, Reports, ShortTrial, value_at
 from hpo.worker import Objective
 
-FEW = 1000  # images of a short trial, if the script looks at TRAIN_IMAGES
-SECONDS = 40.0  # after which no further short trial is begun
+FEW = 1000  # TRAIN_IMAGES of a short trial: images, or whatever the script counts
+LEAST = 128  # the least that it may be
+EPOCH_SECONDS = 2.0  # that an epoch may take with FEW
+SECONDS = 45.0  # after which no further short trial is begun
 LARGEST_SECONDS = 15.0  # at most, for one epoch with the last value of each parameter
 
 
@@ -59,7 +61,10 @@ def check_script(objective: Objective) -> int:
         # This process does nothing else afterwards: its environment may stay changed.
         os.environ["STUDY_DB"] = f"sqlite:///{folder}/study.db"
         check = Check(objective, settings.train_images)
-        print(f"{script}: short trials on {check.few} images, in a temporary folder", flush=True)
+        print(
+            f"{script}: short trials in a temporary folder; your study is not touched", flush=True
+        )
+        check.choose_few()
         if check.one_trial():
             check.prune()
             check.resume()
@@ -80,11 +85,12 @@ class Check:
         self.objective, self.images, self.few = objective, images, min(FEW, images)
         self.deadline = time.monotonic() + SECONDS
         self.to_mend: list[str] = []
+        self.epochs = EPOCHS  # of a short trial, if it has not ended by itself
+        self.first = Outcome()  # the trial that is told to stop after its first epoch
         self.whole = Outcome()  # the trial that every other one is compared with
         self.repeatable = False
         self.suggested: set[str] = set()
         self.read: set[str] = set()  # names that train_model has asked its config for
-        os.environ["TRAIN_IMAGES"] = str(self.few)
 
     def row(self, name: str, verdict: str, text: str) -> None:
         """Print a row, at once: the next step may take long."""
@@ -92,16 +98,28 @@ class Check:
             self.to_mend.append(name)
         print(f"{name:16} {verdict:6} {text}", flush=True)
 
+    def choose_few(self) -> None:
+        """Take fewer images and epochs where one takes long: each parameter needs a trial."""
+        self.first = self._epoch(0.0, self.few)
+        seconds = self.first.first_report
+        if EPOCH_SECONDS < seconds < math.inf:
+            self.epochs = 2
+            self.few = min(self.few, max(LEAST, int(self.few * EPOCH_SECONDS / seconds)))
+        os.environ["TRAIN_IMAGES"] = str(self.few)
+
     def one_trial(self) -> bool:
         """Run the trial that the others are compared with; return whether it can be."""
-        whole = ShortTrial(self.objective).run(lambda reports: len(reports) >= EPOCHS)
+        whole = self.first
+        if whole.state != TrialState.FAIL:
+            whole = ShortTrial(self.objective).run(lambda reports: len(reports) >= self.epochs)
         self.whole, self.read = whole, whole.read
         if whole.state == TrialState.FAIL:
             self.row("one trial", "MEND", f"it failed: {whole.reason}")
             return False
         if whole.reports:
             epochs = f"{len(whole.reports)} epochs in {words(whole.seconds)}"
-            self.row("one trial", "ok", f"{epochs}, value {whole.reports[-1][1]:.4f}")
+            value = f"value {whole.reports[-1][1]:.4f}"
+            self.row("one trial", "ok", f"{epochs}, {value}, with TRAIN_IMAGES={self.few}")
         else:
             self.row("report", "MEND", "never called: trial.report(value, epoch) after each epoch")
         if SECONDS / 4 < whole.first_report < math.inf:
@@ -111,7 +129,9 @@ class Check:
 
     def prune(self) -> None:
         """Say yes after the first epoch: the trial must end there."""
-        again, whole = ShortTrial(self.objective).run(lambda reports: True), self.whole
+        again, whole = self.first, self.whole
+        if again.reports[:1] != whole.reports[:1]:  # it had more images
+            again = self._epoch(0.0, self.few)
         self.repeatable = again.reports[:1] == whole.reports[:1]
         if not whole.reports:
             self.repeatable = again.value == whole.value
@@ -132,7 +152,7 @@ class Check:
             return
         trial = ShortTrial(self.objective)
         first = trial.run(interrupted)
-        rest = trial.run(lambda reports: len(first.reports + reports) >= EPOCHS)
+        rest = trial.run(lambda reports: len(first.reports + reports) >= self.epochs)
         self.row("resume", *self._resumed(first.reports + rest.reports, rest))
 
     def _resumed(self, reports: Reports, rest: Outcome) -> tuple[str, str]:
@@ -189,7 +209,7 @@ class Check:
         """Run the trial with another value, until its result is another."""
         known = self.whole.reports
         outcome = ShortTrial(self.objective, changes={name: value}).run(
-            lambda reports: reports != known[: len(reports)] or len(reports) >= EPOCHS
+            lambda reports: reports != known[: len(reports)] or len(reports) >= self.epochs
         )
         self.read |= outcome.read
         self.suggested |= outcome.params.keys()

@@ -38,6 +38,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo import study_tables as tables
 from hpo.leases import Leases
 from hpo.study_file import LOCK, StudyFile
+from hpo.trial_cache import ALL, BY_ID, TrialCache, read_trial
 
 RUNNING, WAITING = TrialState.RUNNING, TrialState.WAITING
 
@@ -94,7 +95,7 @@ class SQLiteStorage(tables.Studies):
 
     def _forget(self) -> None:
         self._held: dict[int, _Held] = {}
-        self._caches: dict[int, tables.TrialCache] = {}
+        self._caches: dict[int, TrialCache] = {}
         self._distributions: dict[tuple[int, str], BaseDistribution] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,7 +166,7 @@ class SQLiteStorage(tables.Studies):
                     if claimed:
                         self._leases.take(db, trial_id)
                 if claimed:
-                    self._held[trial_id] = _Held(rows[0][1], tables.read_trial(self.file, trial_id))
+                    self._held[trial_id] = _Held(rows[0][1], read_trial(self.file, trial_id))
                     return True
         self.check_trial_is_updatable(trial_id, TrialState[rows[0][0]])
         return False
@@ -251,6 +252,8 @@ class SQLiteStorage(tables.Studies):
         if (held := self._held.get(trial_id)) is None:
             return
         held.unwritten = {}
+        if cache := self._caches.get(held.study_id):
+            cache.ignore_own_write()
         held.trial = copy.copy(held.trial)
         for name, entries in changes.items():
             setattr(held.trial, name, {**getattr(held.trial, name), **entries})
@@ -327,21 +330,40 @@ class SQLiteStorage(tables.Studies):
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
-        """Claim (RUNNING; False if it was not waiting), return (WAITING) or tables.finish a trial.
+        """Claim (RUNNING; False if it was not waiting), return (WAITING) or finish a trial.
 
         Raises LeaseLost, UpdateFinishedTrialError, KeyError.
         """
         if state == RUNNING:
             return self._claim(trial_id)
-        with self._last_change(trial_id) as db:
-            tables.set_values(db, trial_id, values)
-            if state == WAITING:
-                self._leases.give_back(db, trial_id, crashed=False)
-            else:
+        with LOCK:
+            held = self._held.get(trial_id)
+            with self._last_change(trial_id) as db:
+                tables.set_values(db, trial_id, values)
+                if state == WAITING:
+                    self._leases.give_back(db, trial_id, crashed=False)
+                    return True
                 if self._label:
                     tables.set_attribute(db, "trial_user", trial_id, "worker", self._label)
-                tables.finish(db, trial_id, state)
+                now = tables.finish(db, trial_id, state)
+            if held is not None and (cache := self._caches.get(held.study_id)):
+                cache.finish(self._as_finished(held.trial, state, values, now))
         return True
+
+    def _as_finished(
+        self,
+        running: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+        now: datetime,
+    ) -> FrozenTrial:
+        """Return the trial as it now is in the file: it need not be read."""
+        trial = copy.copy(running)
+        trial.state, trial.datetime_complete = state, now
+        trial.values = None if values is None else [float(value) for value in values]
+        if self._label:
+            trial.user_attrs = {**trial.user_attrs, "worker": self._label}
+        return trial
 
     def delete_study(self, study_id: int) -> None:
         """Delete a study and its trials. Raises KeyError."""
@@ -357,7 +379,7 @@ class SQLiteStorage(tables.Studies):
                 for cache in self._caches.values():
                     if trial_id in cache.finished:
                         return cache.finished[trial_id]
-                return tables.read_trial(self.file, trial_id)
+                return read_trial(self.file, trial_id)
             trial = copy.copy(held.trial)  # optuna.Trial writes into what it is given
             trial.params, trial.distributions = dict(trial.params), dict(trial.distributions)
             trial.user_attrs, trial.system_attrs = dict(trial.user_attrs), dict(trial.system_attrs)
@@ -374,12 +396,12 @@ class SQLiteStorage(tables.Studies):
         with LOCK:
             # Out of the dictionary while it changes: if a signal's exception comes in between,
             # the next call reads anew.
-            cache = self._caches.pop(study_id, None) or tables.TrialCache(study_id)
-            wanted = tuple(state for state in tables.ALL if states is None or state in states)
+            cache = self._caches.pop(study_id, None) or TrialCache(study_id)
+            wanted = tuple(state for state in ALL if states is None or state in states)
             trials = cache.read(self.file, wanted)
             self._caches[study_id] = cache
             for trial_id, held in self._held.items():
-                i = bisect_left(trials, trial_id, key=tables.BY_ID)
+                i = bisect_left(trials, trial_id, key=BY_ID)
                 if i < len(trials) and (trials[i]._trial_id, trials[i].state) == (
                     trial_id,
                     RUNNING,

@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
@@ -44,6 +44,15 @@ LEASES = (
     """CREATE TRIGGER IF NOT EXISTS lease_of_deleted_trial AFTER DELETE ON trials
     BEGIN DELETE FROM leases WHERE trial_id = OLD.trial_id; END""",
 )
+
+
+class Version(NamedTuple):
+    """Of a study's file, as one process sees it: if it is the same, nothing has changed."""
+
+    connection: int  # the process's first, second, …; `others` begins anew in each
+    writes: int  # of this process
+    others: int  # SQLite's data_version: it moves when somebody else has written
+
 
 # One thread at a time, for all studies of the process. Taken around fork() as well, so that a
 # child never inherits a half-done transaction, which it would roll back in the parent's file.
@@ -147,6 +156,7 @@ class StudyFile:
         self.timeout = timeout
         self._connection: sqlite3.Connection | None = None
         self._pid = os.getpid()
+        self._connections = self._writes = 0
         if not os.path.exists(self.path):
             create_study_file(self.path)
         self._check()
@@ -176,6 +186,7 @@ class StudyFile:
             self._connection = None
         if self._connection is None:
             self._pid = os.getpid()
+            self._connections += 1
             self._connection = sqlite3.connect(
                 f"{Path(self.path).as_uri()}?mode=rw",  # never create a second, empty file
                 uri=True, timeout=0, isolation_level=None, check_same_thread=False,
@@ -218,6 +229,28 @@ class StudyFile:
             except sqlite3.Error as error:
                 raise explain(error, self.path) from error
 
+    def read_changed(
+        self, known: Version | None, sql: str, args: Sequence[Any]
+    ) -> tuple[Version, list[tuple[Any, ...]] | None]:
+        """Return the file's version, and all rows of one SELECT unless that version is `known`."""
+        with LOCK:
+            try:
+                return self._patiently(self._read_changed, self.connection(), known, sql, args)
+            except sqlite3.Error as error:
+                raise explain(error, self.path) from error
+
+    def _read_changed(
+        self, db: sqlite3.Connection, known: Version | None, sql: str, args: Sequence[Any]
+    ) -> tuple[Version, list[tuple[Any, ...]] | None]:
+        db.execute("BEGIN")  # one shared lock for both: the rows are those of this version
+        try:
+            (others,) = db.execute("PRAGMA data_version").fetchone()
+            version = Version(self._connections, self._writes, others)
+            return version, None if version == known else db.execute(sql, args).fetchall()
+        finally:
+            if db.in_transaction:
+                db.execute("COMMIT")
+
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
         """Give the connection inside one transaction: all of it is on the disk, or nothing."""
@@ -226,6 +259,7 @@ class StudyFile:
             try:
                 db = self.connection()
                 self._patiently(db.execute, "BEGIN IMMEDIATE")
+                self._writes += 1
                 yield db
                 self._patiently(db.execute, "COMMIT")
             except BaseException as error:

@@ -1,7 +1,7 @@
-"""Optuna's tables: how studies and trials stand in them, read and written as plain SQL.
+"""Optuna's tables: how studies and trials are written to them, as plain SQL.
 
-What is the same whoever asks is here: all that concerns studies, trials as rows, and the memory
-of what was read. Whose trial it is, and who may write, is in sqlite_storage.py.
+What is the same whoever asks is here. Whose trial it is, and who may write, is in
+sqlite_storage.py; how trials are read, in trial_cache.py.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-import sys
 import uuid
-from bisect import insort
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from functools import lru_cache
-from operator import attrgetter
 from typing import Any
 
-from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.distributions import distribution_to_json
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
@@ -28,33 +24,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.study_file import StudyFile
 
-ALL = tuple(TrialState)
-FINISHED = tuple(state for state in TrialState if state.is_finished())
-BY_ID = attrgetter("_trial_id")
-# Most trials have the same few distributions: parse each text once.
-parse_distribution = lru_cache(maxsize=4096)(json_to_distribution)
-
-# All there is to know about some trials, as rows (kind, trial, position, …), in one statement:
-# so it is one consistent picture under one shared lock. Its text is nearly always the same, so
-# that sqlite3 finds it prepared; the + keeps SQLite from the index on study_id, which is all rows.
-READ_TRIALS = """
-WITH picked AS (SELECT * FROM trials WHERE trial_id > ? AND +study_id = ?
-                UNION ALL SELECT * FROM trials WHERE trial_id IN ({marks})),
-     full AS (SELECT trial_id FROM picked WHERE state IN ({states}))
-SELECT 0, trial_id, number, state, datetime_start, datetime_complete FROM picked
-UNION ALL SELECT 1, trial_id, param_id, param_name, param_value, distribution_json
-    FROM trial_params WHERE trial_id IN full
-UNION ALL SELECT 2, trial_id, objective, value, value_type, NULL
-    FROM trial_values WHERE trial_id IN full
-UNION ALL SELECT 3, trial_id, step, intermediate_value, intermediate_value_type, NULL
-    FROM trial_intermediate_values WHERE trial_id IN full
-UNION ALL SELECT 4, trial_id, trial_user_attribute_id, key, value_json, NULL
-    FROM trial_user_attributes WHERE trial_id IN full
-UNION ALL SELECT 5, trial_id, trial_system_attribute_id, key, value_json, NULL
-    FROM trial_system_attributes WHERE trial_id IN full
-UNION ALL SELECT 6, study_id, 0, NULL, NULL, NULL FROM studies WHERE study_id = ?
-ORDER BY 1, 2, 3
-"""
 SET_ATTRIBUTE = """INSERT INTO {kind}_attributes ({id}, key, value_json) VALUES (?, ?, ?)
 ON CONFLICT ({id}, key) DO UPDATE SET value_json = excluded.value_json"""
 SET_PARAM = """INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json)
@@ -171,80 +140,6 @@ class Studies(BaseStorage):
         ]  # fmt: skip
 
 
-class TrialCache:
-    """What this process has read of a study's trials. Those that are finished never change."""
-
-    def __init__(self, study_id: int) -> None:
-        self.study_id = study_id
-        self.finished: dict[int, FrozenTrial] = {}
-        self._unfinished: set[int] = set()
-        self._last = -1  # the highest trial id seen
-        # The finished trials in some states, in order; pruners ask for the same after each report.
-        self._selected: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
-
-    def count(self) -> int:
-        """Return how many trials the study has, as far as they were read."""
-        return len(self.finished) + len(self._unfinished)
-
-    def read(self, file: StudyFile, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
-        """Read what can have changed; return the trials in `states`, in order.
-
-        Raises KeyError if there is no such study.
-        """
-        full = [state for state in TrialState if state in states or state in FINISHED]
-        rows = read_rows(file, full, list(self._unfinished), self._last, self.study_id)
-        if not rows:
-            raise KeyError(f"There is no study {self.study_id}.")
-        changed = build_trials(rows)
-        for trial_id, trial in changed.items():
-            if trial.state.is_finished():
-                self._finish(trial)
-            else:
-                self._unfinished.add(trial_id)
-            self._last = max(self._last, trial_id)
-        if states not in self._selected:
-            finished = sorted(self.finished.values(), key=BY_ID)
-            self._selected[states] = [trial for trial in finished if trial.state in states]
-        trials = self._selected[states].copy()
-        for trial in changed.values():
-            if trial.state in states and not trial.state.is_finished():
-                insort(trials, trial, key=BY_ID)
-        return trials
-
-    def _finish(self, trial: FrozenTrial) -> None:
-        self._unfinished.discard(trial._trial_id)
-        if trial._trial_id in self.finished:
-            return
-        self.finished[trial._trial_id] = trial
-        for states, trials in self._selected.items():
-            if trial.state in states:
-                insort(trials, trial, key=BY_ID)
-
-
-def read_rows(
-    file: StudyFile,
-    states: Sequence[TrialState],
-    trial_ids: list[int],
-    after: int = sys.maxsize,
-    study_id: int = -1,
-) -> list[tuple[Any, ...]]:
-    """Return these trials and those of a study `after` an id; in full if in these states."""
-    if len(trial_ids) > 10_000:  # too many to be named in SQL: read the study anew
-        trial_ids, after = [], -1
-    names = ",".join(f"'{state.name}'" for state in states)
-    ids = trial_ids + [-1] * ((1 << len(trial_ids).bit_length()) - len(trial_ids))
-    sql = READ_TRIALS.format(marks=",".join("?" * len(ids)), states=names)
-    return file.read(sql, (after, study_id, *ids, study_id))
-
-
-def read_trial(file: StudyFile, trial_id: int) -> FrozenTrial:
-    """Return one trial. Raises KeyError."""
-    rows = read_rows(file, ALL, [trial_id])
-    if not rows:
-        raise KeyError(f"There is no trial {trial_id}.")
-    return build_trials(rows)[trial_id]
-
-
 def new_trial(now: datetime) -> FrozenTrial:
     return FrozenTrial(
         number=-1, trial_id=-1, state=TrialState.RUNNING, value=None, datetime_start=now,
@@ -279,43 +174,19 @@ def set_values(db: sqlite3.Connection, trial_id: int, values: Sequence[float] | 
         db.execute(SET_VALUE, (trial_id, objective, *to_stored(value)))
 
 
-def finish(db: sqlite3.Connection, trial_id: int, state: TrialState) -> None:
+def finish(db: sqlite3.Connection, trial_id: int, state: TrialState) -> datetime:
+    now = datetime.now()
     db.execute(
         "UPDATE trials SET state = ?, datetime_complete = ? WHERE trial_id = ?",
-        (state.name, to_text(datetime.now()), trial_id),
+        (state.name, to_text(now), trial_id),
     )
     db.execute("DELETE FROM leases WHERE trial_id = ?", (trial_id,))
+    return now
 
 
 def set_attribute(db: sqlite3.Connection, kind: str, row_id: int, key: str, value: Any) -> None:
     column = "trial_id" if kind.startswith("trial") else "study_id"
     db.execute(SET_ATTRIBUTE.format(kind=kind, id=column), (row_id, key, json.dumps(value)))
-
-
-def build_trials(rows: list[tuple[Any, ...]]) -> dict[int, FrozenTrial]:
-    """Make trials of the rows of READ_TRIALS."""
-    found: dict[int, dict[str, Any]] = {}
-    for kind, trial_id, position, a, b, c in rows:
-        if kind == 0:
-            found[trial_id] = {
-                "number": position, "trial_id": trial_id, "state": TrialState[a],
-                "datetime_start": to_time(b), "datetime_complete": to_time(c), "params": {},
-                "distributions": {}, "values": [], "intermediate_values": {}, "user_attrs": {},
-                "system_attrs": {},
-            }  # fmt: skip
-        elif kind == 1:
-            distribution = found[trial_id]["distributions"][a] = parse_distribution(c)
-            found[trial_id]["params"][a] = distribution.to_external_repr(b)
-        elif kind == 2:
-            found[trial_id]["values"].append(to_float(a, b))
-        elif kind == 3:
-            found[trial_id]["intermediate_values"][position] = to_float(a, b)
-        elif kind in (4, 5):
-            found[trial_id]["user_attrs" if kind == 4 else "system_attrs"][a] = json.loads(b)
-    return {
-        trial_id: FrozenTrial(value=None, **{**fields, "values": fields["values"] or None})
-        for trial_id, fields in found.items()
-    }
 
 
 def to_stored(value: float) -> tuple[float | None, str]:
@@ -326,20 +197,8 @@ def to_stored(value: float) -> tuple[float | None, str]:
     return None, "NAN" if math.isnan(value) else "INF_POS" if value > 0 else "INF_NEG"
 
 
-def to_float(value: float | None, kind: str) -> float:
-    special = {"NAN": math.nan, "INF_POS": math.inf, "INF_NEG": -math.inf}
-    return special[kind] if value is None else value
-
-
 def to_text(local: datetime | None) -> str | None:
     """Return a local time as Optuna 5 stores it: UTC, without a zone."""
     if local is None:
         return None
     return local.astimezone(timezone.utc).replace(tzinfo=None).isoformat(" ", "microseconds")
-
-
-def to_time(text: str | None) -> datetime | None:
-    if text is None:
-        return None
-    utc = datetime.fromisoformat(text).replace(tzinfo=timezone.utc)
-    return utc.astimezone().replace(tzinfo=None)

@@ -83,9 +83,9 @@ class Bundle:
         state = self.cluster.wait_end(job, timeout)
         assert state == "COMPLETED", f"job {job}: {state}\n{self.log(job)}"
 
-    def trials(self) -> list[tuple[int, str]]:
-        """Return number and state of every trial of the one study."""
-        path = self.cluster.shared / self.scripts.lstrip("/") / "study.db"
+    def trials(self, study: str = "study.db") -> list[tuple[int, str]]:
+        """Return number and state of every trial of the one study in that file."""
+        path = self.cluster.shared / self.scripts.lstrip("/") / study
         if not path.exists():
             return []
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=30)) as database:
@@ -112,9 +112,11 @@ class Bundle:
             found[number] = ",".join(dict.fromkeys(hosts))
         return found
 
-    def done(self, name: str, jobs: list[int], start: float, total: int = 12) -> None:
+    def done(
+        self, name: str, jobs: list[int], start: float, total: int = 12, study: str = "study.db"
+    ) -> None:
         """Check that each trial was finished once, and add the scenario to the table."""
-        trials = self.trials()
+        trials = self.trials(study)
         states = Counter(state for _, state in trials)
         workers = [host for job in jobs for host in self.workers(job).values()]
         hosts = ",".join(sorted(set(",".join(workers).split(",")) - {""}))
@@ -313,6 +315,30 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
     compared = curves.stdout.splitlines()
     assert len(compared) == len(returned[:3])
     assert all(line.split()[1] == "True" for line in compared), curves.stdout
+
+
+def test_larger_model(bundle: Bundle) -> None:
+    """The same script runs optuna_t5.py: a worker per GPU, then a trial on both GPUs of a node."""
+    start = time.monotonic()
+    cluster, job = bundle.cluster, {"PY_SCRIPT": "optuna_t5.py", "SMALL": "1"}
+    shell = readme_command("apptainer shell").split()
+    packages = readme_command("pip install --user transformers")
+    cluster.run("login", *shell, options=["--online"], stdin=f"{packages}\n", timeout=300)
+    spelling = bundle.submit(TOTAL_TRIALS="4", **job)
+    bundle.finish(spelling, timeout=600)
+    bundle.done("optuna_t5.py: 2 nodes × 2 GPUs", [spelling], start, total=4)
+    assert Counter(bundle.workers(spelling).values()) == {"n1": 2, "n2": 2}
+    assert re.search(r"^exact match +\d\.\d+", bundle.log(spelling), re.MULTILINE)
+
+    start = time.monotonic()
+    pairs = "".join(f"{n}\t{n:b}\n" for n in range(300))
+    (cluster.shared / bundle.scripts.lstrip("/") / "pairs.tsv").write_text(pairs)
+    script = bundle.edit_header("Each trial on both GPUs")
+    names = {"DATA": "pairs.tsv", "GPUS_PER_TRIAL": "2", "STUDY_DB": "sqlite:///pairs.db"}
+    both = bundle.submit(script=script, TOTAL_TRIALS="4", **names, **job)
+    bundle.finish(both, timeout=600)
+    bundle.done("  … each trial on both GPUs of a node", [both], start, total=4, study="pairs.db")
+    assert bundle.workers(both) == {0: "n1", 1: "n2"}
 
 
 def test_estimate(bundle: Bundle) -> None:

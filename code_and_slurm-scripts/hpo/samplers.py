@@ -31,6 +31,7 @@ from optuna.samplers import BaseSampler, QMCSampler
 from optuna.trial import FrozenTrial
 
 from hpo.settings import Settings, UserError, pip_command
+from hpo.tpe import QuickTPESampler
 
 FINITE = ("grid", "bruteforce")
 NUMERIC = ("cmaes", "gp")
@@ -157,7 +158,7 @@ def make_sampler(
 
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
     makers: dict[str, Callable[[], BaseSampler]] = {
-        "tpe": lambda: samplers.TPESampler(seed=seed),
+        "tpe": lambda: QuickTPESampler(seed=seed),
         "random": lambda: samplers.RandomSampler(seed=seed),
         "grid": lambda: Combinations(combinations),
         "bruteforce": lambda: Combinations(combinations),

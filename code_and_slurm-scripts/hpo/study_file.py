@@ -249,7 +249,7 @@ class StudyFile:
             return version, None if version == known else db.execute(sql, args).fetchall()
         finally:
             if db.in_transaction:
-                db.execute("COMMIT")
+                db.execute("ROLLBACK")  # nothing was written
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:

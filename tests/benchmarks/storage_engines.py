@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -17,10 +18,12 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "code_and_slurm-scripts"), str(ROOT / "tests")]
 
 import optuna  # noqa: E402
+from optuna.samplers import BaseSampler  # noqa: E402
 from optuna.storages import BaseStorage, RDBStorage  # noqa: E402
 from optuna.storages.journal import JournalFileBackend  # noqa: E402
 from optuna.trial import FrozenTrial, TrialState  # noqa: E402
 
+from hpo.samplers import make_sampler  # noqa: E402
 from hpo.sqlite_storage import SQLiteStorage  # noqa: E402
 from storage_helpers import EPOCHS, NAME, fork, kill, make_study, suggest  # noqa: E402
 
@@ -32,6 +35,10 @@ class Engine:
     """A storage under its name; a context while something must run beside the workers."""
 
     name = "ours"
+
+    @staticmethod
+    def sampler(name: str, seed: int) -> BaseSampler:
+        return make_sampler(name, seed)
 
     def __init__(self, folder: Path) -> None:
         self.path = make_study(folder)
@@ -45,19 +52,17 @@ class Engine:
     def storage(self, rank: int) -> BaseStorage:
         return SQLiteStorage(self.path, owner=f"worker {rank}")
 
-    def study(self, rank: int, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    def study(self, rank: int, sampler: BaseSampler) -> optuna.Study:
         return optuna.load_study(
             study_name=NAME, storage=self.storage(rank), sampler=sampler,
             pruner=optuna.pruners.MedianPruner(),
         )  # fmt: skip
 
-    def worker(
-        self, rank: int, trials: int, seconds: float, sampler: optuna.samplers.BaseSampler
-    ) -> float:
+    def worker(self, rank: int, trials: int, seconds: float, sampler: BaseSampler) -> float:
         """Run trials that sleep; return how many seconds all of it took."""
         study = self.study(rank, sampler)
         study.get_trials(deepcopy=False)  # open: that is not part of a trial
-        warm_up(type(sampler)())
+        warm_up(copy.deepcopy(sampler))
         time.sleep(random.Random(rank).uniform(0, seconds))  # workers are never in step for long
         start = time.monotonic()
         for _ in range(trials):
@@ -66,7 +71,7 @@ class Engine:
         return time.monotonic() - start
 
 
-def warm_up(sampler: optuna.samplers.BaseSampler) -> None:
+def warm_up(sampler: BaseSampler) -> None:
     """Run trials in memory: a worker imports and compiles once, which is no cost of a trial."""
     study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.MedianPruner())
     for _ in range(12):  # after ten, TPE and the pruner begin their work
@@ -85,6 +90,12 @@ def one_trial(trial: optuna.Trial, seconds: float) -> float:
 class Stock(Engine):
     name = "stock SQLite"
 
+    @staticmethod
+    def sampler(name: str, seed: int) -> BaseSampler:
+        if name == "tpe":
+            return optuna.samplers.TPESampler(seed=seed)
+        return make_sampler(name, seed)
+
     def storage(self, rank: int) -> BaseStorage:
         options = {"connect_args": {"timeout": 60}}
         return RDBStorage(f"sqlite:///{self.path}", engine_kwargs=options)
@@ -92,6 +103,7 @@ class Stock(Engine):
 
 class Journal(Engine):
     name = "journal file"
+    sampler = staticmethod(Stock.sampler)
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "journal.log"
@@ -130,9 +142,7 @@ class Floor(Engine):
 
     name = "plain sqlite3"
 
-    def worker(
-        self, rank: int, trials: int, seconds: float, sampler: optuna.samplers.BaseSampler
-    ) -> float:
+    def worker(self, rank: int, trials: int, seconds: float, sampler: BaseSampler) -> float:
         db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         time.sleep(random.Random(rank).uniform(0, seconds))
         start = time.monotonic()
@@ -197,8 +207,8 @@ def run_workers(
     read, write = os.pipe()
 
     def worker(rank: int) -> None:
-        make = optuna.samplers.TPESampler if tpe else optuna.samplers.RandomSampler
-        took = engine.worker(rank, trials, seconds, make(seed=rank))
+        sampler = engine.sampler("tpe" if tpe else "random", rank)
+        took = engine.worker(rank, trials, seconds, sampler)
         os.write(write, f"{took}\n".encode())
 
     pids = [fork(worker, rank) for rank in range(workers)]

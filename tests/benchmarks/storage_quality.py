@@ -38,7 +38,7 @@ def objective(trial: optuna.Trial) -> float:
 def search(engine: type[Engine], folder: Path, seed: int) -> float:
     """Return the best value of TRIALS trials by WORKERS interleaved workers."""
     running = engine(folder)
-    samplers = [optuna.samplers.TPESampler(seed=1000 * seed + rank) for rank in range(WORKERS)]
+    samplers = [running.sampler("tpe", 1000 * seed + rank) for rank in range(WORKERS)]
     studies = [running.study(rank, sampler) for rank, sampler in enumerate(samplers)]
     trials: list[tuple[optuna.Trial, float, bool] | None] = [None] * WORKERS
     turn, finished = random.Random(seed), 0

@@ -1,0 +1,123 @@
+"""What a worker remembers of the trials: never older than the file, read only when need be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from hpo.sqlite_storage import SQLiteStorage
+from storage_helpers import make_study, open_study, storage_of, suggest
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return make_study(tmp_path)
+
+
+def fresh(path: Path) -> list[Any]:
+    """Return the trials as somebody reads them who remembers nothing."""
+    return list(SQLiteStorage(path, owner="reader").get_all_trials(1))
+
+
+def selects(study: optuna.Study) -> list[str]:
+    seen: list[str] = []
+    storage_of(study).file.connection().set_trace_callback(
+        lambda sql: seen.append(sql) if "SELECT" in sql else None
+    )
+    return seen
+
+
+def test_nothing_is_selected_while_only_this_worker_reports(path: Path) -> None:
+    study = open_study(path, 0)
+    trial = study.ask()
+    suggest(trial)
+    trial.report(1.0, 0)
+    states = (TrialState.COMPLETE,)
+    study.get_trials(deepcopy=False, states=states)
+    seen = selects(study)
+    for step in range(1, 4):
+        trial.report(1.0, step)
+        assert study.get_trials(deepcopy=False, states=states) == []
+    assert [sql for sql in seen if "picked" in sql] == []
+    assert len(fresh(path)[0].intermediate_values) == 4
+
+
+def test_every_write_is_seen_at_once(path: Path) -> None:
+    """Of this worker, and of another; after each, both see what is in the file."""
+    one, two = open_study(path, 1), open_study(path, 2)
+
+    def same() -> None:
+        expected = fresh(path)
+        for study in (one, two):
+            for states in (None, (TrialState.COMPLETE,), (TrialState.RUNNING, TrialState.FAIL)):
+                wanted = [t for t in expected if states is None or t.state in states]
+                trials = study.get_trials(states=states)
+                assert [(t.number, t.state) for t in trials] == [
+                    (t.number, t.state) for t in wanted
+                ]
+                finished = [t for t in trials if t.state.is_finished()]
+                assert finished == [t for t in wanted if t.state.is_finished()]
+
+    same()
+    first = one.ask()
+    same()
+    one.enqueue_trial({"lr": 1e-3})
+    same()
+    second = two.ask()
+    assert second.number == 1  # the waiting one
+    same()
+    suggest(first)
+    first.report(0.5, 0)
+    same()
+    one.tell(first, 0.5)
+    same()
+    storage_of(two).return_trial(second._trial_id, crashed=False)
+    same()
+    again = one.ask()
+    assert again.number == 1
+    same()
+    one.tell(again, state=TrialState.FAIL)
+    same()
+    two.add_trial(optuna.trial.create_trial(value=1.0))
+    same()
+
+
+@pytest.mark.parametrize("values", [[1.5], [float("inf")], None])
+def test_a_trial_finished_here_is_as_in_the_file(path: Path, values: list[float] | None) -> None:
+    study = optuna.load_study(
+        study_name="study", storage=SQLiteStorage(path, owner="me", label="worker 0 on n1")
+    )
+    study.get_trials()
+    trial = study.ask()
+    suggest(trial)
+    trial.set_user_attr("note", {"a": (1, 2)})
+    trial.report(float("nan"), 0)
+    trial.report(2.0, 1)
+    study.tell(trial, values, state=TrialState.PRUNED if values is None else None)
+    seen = selects(study)
+    mine = storage_of(study).get_trial(trial._trial_id)
+    assert seen == []
+    theirs = fresh(path)[0]
+    assert mine.user_attrs["worker"] == "worker 0 on n1"
+    for name, value in vars(theirs).items():
+        assert repr(getattr(mine, name)) == repr(value), name  # NaN is like no other number
+
+
+def test_another_connection_counts_anew(path: Path) -> None:
+    """SQLite's data_version begins anew: after a fork, and when a connection was closed."""
+    study = open_study(path, 0)
+    study.ask()
+    assert len(study.get_trials()) == 1
+    storage_of(study).remove_session()
+    open_study(path, 1).ask()
+    assert len(study.get_trials()) == 2
+    if (pid := os.fork()) == 0:
+        open_study(path, 2).ask()
+        os._exit(len(study.get_trials()))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    assert len(study.get_trials()) == 3

@@ -123,13 +123,9 @@ class Bundle:
         text = ", ".join(f"{states[state]} {state.lower()}" for state in FINISHED)
         self.record(Scenario(name, len(workers), hosts, text, time.monotonic() - start))
         assert [number for number, _ in trials] == list(range(total))
-        assert set(states) <= {"COMPLETE", "PRUNED"}, states
-        told = [
-            number
-            for job in jobs
-            for worker in self.workers(job)
-            for number in re.findall(r"trial (\d+) (?:complete|pruned)", self.log(job, worker))
-        ]
+        logs = [self.log(job, worker) for job in jobs for worker in self.workers(job)]
+        assert set(states) <= {"COMPLETE", "PRUNED"}, "\n".join(logs)
+        told = re.findall(r"trial (\d+) (?:complete|pruned)", "\n".join(logs))
         # Of a worker that is killed between the database and its log the last line may be missing.
         assert len(told) == len(set(told)), f"finished twice: {Counter(told).most_common(3)}"
 

@@ -230,6 +230,9 @@ def main() -> int:
     if not is_torch_available():  # transformers 5 ignores a torch older than 2.4
         wanted = pip_command(*NEEDS)
         raise UserError(f"this transformers is too new for torch {torch.__version__}; {wanted}")
+    # Now, because torch 2.6 cannot import it where the parameters are counted, on device "meta".
+    from transformers import T5ForConditionalGeneration  # noqa: F401
+
     ddp.check_gpus()
     load_pairs(Settings.from_env())
     return run_worker(objective)

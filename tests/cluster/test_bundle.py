@@ -316,24 +316,23 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
 def test_larger_model(bundle: Bundle) -> None:
     """The same script runs optuna_t5.py: a worker per GPU, then a trial on both GPUs of a node."""
     start = time.monotonic()
-    cluster, job = bundle.cluster, {"PY_SCRIPT": "optuna_t5.py", "SMALL": "1"}
+    cluster, scripts = bundle.cluster, bundle.cluster.shared / bundle.scripts.lstrip("/")
     shell = readme_command("apptainer shell").split()
     packages = readme_command("pip install --user transformers")
     cluster.run("login", *shell, options=["--online"], stdin=f"{packages}\n", timeout=300)
-    spelling = bundle.submit(TOTAL_TRIALS="4", **job)
-    bundle.finish(spelling, timeout=600)
-    bundle.done("optuna_t5.py: 2 nodes × 2 GPUs", [spelling], start, total=4)
-    assert Counter(bundle.workers(spelling).values()) == {"n1": 2, "n2": 2}
-    assert re.search(r"^exact match +\d\.\d+", bundle.log(spelling), re.MULTILINE)
+    (scripts / "pairs.tsv").write_text("".join(f"{n}\t{n:b}\n" for n in range(1000)))
+    names = {"PY_SCRIPT": "optuna_t5.py", "SMALL": "1", "DATA": "pairs.tsv", "TOTAL_TRIALS": "4"}
+    single = bundle.submit(**names)
+    bundle.finish(single)
+    bundle.done("optuna_t5.py: 2 nodes × 2 GPUs", [single], start, total=4)
+    assert Counter(bundle.workers(single).values()) == {"n1": 2, "n2": 2}
+    assert re.search(r"^exact match +\d\.\d+", bundle.log(single), re.MULTILINE)
 
     start = time.monotonic()
-    pairs = "".join(f"{n}\t{n:b}\n" for n in range(300))
-    (cluster.shared / bundle.scripts.lstrip("/") / "pairs.tsv").write_text(pairs)
     script = bundle.edit_header("Each trial on both GPUs")
-    names = {"DATA": "pairs.tsv", "GPUS_PER_TRIAL": "2", "STUDY_DB": "sqlite:///pairs.db"}
-    both = bundle.submit(script=script, TOTAL_TRIALS="4", **names, **job)
-    bundle.finish(both, timeout=600)
-    bundle.done("  … each trial on both GPUs of a node", [both], start, total=4, study="pairs.db")
+    both = bundle.submit(script=script, GPUS_PER_TRIAL="2", STUDY_DB="sqlite:///both.db", **names)
+    bundle.finish(both)
+    bundle.done("  … each trial on both GPUs of a node", [both], start, total=4, study="both.db")
     assert bundle.workers(both) == {0: "n1", 1: "n2"}
 
 

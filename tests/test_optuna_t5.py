@@ -48,6 +48,37 @@ def test_search_space_is_the_guides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config["batch_size"] % config["micro_batch"] == 0
 
 
+@pytest.mark.parametrize("d_model", [512, 768, 1024])
+def test_the_largest_nets_fit_80_gb(d_model: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, gradients, Adam's two moments, and what backward needs, counted in float32.
+
+    A GPU keeps the last in bf16, which is half of it.
+    """
+    monkeypatch.delenv("SMALL")
+    study = optuna.create_study()
+    study.enqueue_trial({"d_model": d_model, "num_layers": 24, "num_heads": 16})
+    config = optuna_t5.search_space(study.ask())
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.device("meta"),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        net = optuna_t5.build_model(config)
+        digits = torch.zeros(config["micro_batch"], 5 + 1, dtype=torch.long)
+        words = torch.zeros(config["micro_batch"], 61 + 1, dtype=torch.long)  # 99 499, the longest
+        net(input_ids=digits, labels=words)
+    weights = 4 * sum(parameter.numel() for parameter in net.parameters())
+    print(f"d_model={d_model}: {(4 * weights + sum(kept.values())) / 1e9:.1f} GB")
+    assert 4 * weights < 4 * weights + sum(kept.values()) < 64e9
+
+
 def test_every_value_reaches_the_net() -> None:
     config = {**TINY_T5, "num_layers": 3, "num_heads": 5, "d_kv": 8, "dropout": 0.15}
     net: Any = optuna_t5.build_model(config)

@@ -302,6 +302,8 @@ def test_ctrl_c_ends_all_workers_and_returns_their_trials(local: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # Where the tests run in the background of a shell, it is ignored, and bash keeps it so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (local / "study.db").exists() or "RUNNING" not in states(local):

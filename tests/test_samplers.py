@@ -16,10 +16,11 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 import optuna_mnist
+import space_for_tests
 from common import BUNDLE, SCRIPTS, Run
 from hpo import samplers, settings, space
 from hpo.settings import Settings, UserError
-from hpo.storage import open_study
+from hpo.storage import create_or_open_study, open_study
 
 SPACE = BUNDLE / "tests" / "space_for_tests.py"
 MNIST = SCRIPTS / "optuna_mnist.py"
@@ -138,6 +139,24 @@ def test_space_that_does_not_fit_is_refused(sampler: str, kind: str, says: str, 
     assert says in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert trials() == []
+
+
+def test_a_worker_that_comes_between_two_writes_is_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Several start at once, and one of them is the first to write the space down."""
+    monkeypatch.setenv("SAMPLER", "grid")
+    script, chosen = vars(space_for_tests), Settings.from_env()
+    study = create_or_open_study(chosen)
+    write = study.set_user_attr
+
+    def and_another_comes(key: str, value: Any) -> None:
+        write(key, value)
+        space.adopt_space(open_study(chosen), chosen, script)
+
+    monkeypatch.setattr(study, "set_user_attr", and_another_comes)
+    assert len(space.adopt_space(study, chosen, script).combinations) == 12
+    assert {"space", "combinations"} <= study.user_attrs.keys()
 
 
 def test_objective_without_a_search_space_function(run: Run) -> None:

@@ -61,9 +61,10 @@ def adopt_space(study: optuna.Study, settings: Settings, script: Mapping[str, An
                 f"{settings.py_script}, which returns every suggested value"
             )
         plan.combinations = combinations(search_space, settings.sampler)
+    # In this order: who finds a space without combinations takes it for one that has none.
     remembered: dict[str, Any] = {
-        "space": {name: json.loads(distribution_to_json(d)) for name, d in plan.space.items()},
         "combinations": len(plan.combinations),
+        "space": {name: json.loads(distribution_to_json(d)) for name, d in plan.space.items()},
     }
     _refuse_another(study, settings, remembered)
     several = len(study.directions) > 1  # then nothing is pruned

@@ -5,7 +5,8 @@ file at any time. What differs from Optuna's own SQLite storage:
 
 * One transaction per event, and the parameters of a trial go with its first report: 6 commits
   for a trial with 8 parameters and 4 reports, in place of 23.
-* Incremental reads: finished trials are kept in memory, and what changed is one SELECT.
+* Incremental reads (trial_cache.py): finished trials are kept in memory, and what has changed is
+  one SELECT, or none while nobody has written.
 * Atomic claims: study.ask() takes a waiting trial, or makes a new one up to `total_trials`.
 * Leases: a claim gives the right to report and to finish; every write renews it, and checks it in
   the same transaction. A lease that is no longer renewed is taken back (leases.py): the trial

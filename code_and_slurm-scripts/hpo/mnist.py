@@ -16,7 +16,9 @@ import tempfile
 import zlib
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from hpo.settings import SCRIPTS, TRAIN_IMAGES, UserError
 
@@ -46,12 +48,8 @@ def prepare(root: Path = DATA) -> None:
     Raises:
         UserError: a file is damaged, or missing and cannot be downloaded.
     """
-    raw = root / "MNIST" / "raw"
-    if any(not (raw / f"{name}.gz").exists() and not (raw / name).exists() for name in MD5):
-        _download(root)
-    for name, expected in MD5.items():
-        if not (raw / name).exists() or _md5((raw / name).read_bytes()) != expected:
-            _unpack(raw / f"{name}.gz", raw / name, expected)
+    for name in MD5:
+        _read(root, name)
 
 
 @cache
@@ -78,16 +76,26 @@ def load_test(device: torch.device) -> Images:
 def _load(train: bool, device: torch.device) -> Images:
     import torch
 
-    prepare()
-    raw, part = DATA / "MNIST" / "raw", "train" if train else "t10k"
+    part = "train" if train else "t10k"
     # Read without torchvision, whose import takes longer than torch's own.  The files' headers
-    # (IDX: 4 bytes, then 4 for each dimension) need no check: `prepare` has compared the md5.
-    images = bytearray((raw / f"{part}-images-idx3-ubyte").read_bytes())
-    labels = bytearray((raw / f"{part}-labels-idx1-ubyte").read_bytes())
-    return Images(
-        torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, 1, 28, 28).to(device),
-        torch.frombuffer(labels, dtype=torch.uint8, offset=8).to(device, torch.int64),
-    )
+    # (IDX: 4 bytes, then 4 for each dimension) need no check: `_read` has compared the md5.
+    images = torch.from_numpy(_read(DATA, f"{part}-images-idx3-ubyte"))[16:]
+    labels = torch.from_numpy(_read(DATA, f"{part}-labels-idx1-ubyte"))[8:]
+    return Images(images.view(-1, 1, 28, 28).to(device), labels.to(device, torch.int64))
+
+
+def _read(root: Path, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return one unpacked file, (bytes,) uint8; unpack or download it where it is not there."""
+    raw = root / "MNIST" / "raw"
+    packed, unpacked = raw / f"{name}.gz", raw / name
+    if unpacked.exists():
+        content = np.fromfile(unpacked, np.uint8)
+        if _md5(content.data) == MD5[name]:
+            return content
+    elif not packed.exists():
+        _download(root)  # all four files
+    _unpack(packed, unpacked, MD5[name])
+    return np.fromfile(unpacked, np.uint8)
 
 
 def _download(root: Path) -> None:
@@ -127,5 +135,5 @@ def _damaged(packed: Path, unpacked: Path, why: str) -> UserError:
     )
 
 
-def _md5(content: bytes) -> str:
+def _md5(content: bytes | memoryview) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()

@@ -37,7 +37,7 @@ CONFIG = {
 }
 RATES = [1e-4 * 50 ** (number / (TRIALS - 1)) for number in range(TRIALS)]
 ENQUEUE = """
-import sys; from hpo.settings import Settings; from hpo.storage import create_or_open_study
+from hpo.settings import Settings; from hpo.storage import create_or_open_study
 from peers import CONFIG, RATES
 study = create_or_open_study(Settings.from_env())
 for lr in RATES: study.enqueue_trial({**CONFIG, "lr": lr})
@@ -68,7 +68,7 @@ def run_ray(python: str, folder: Path, env: dict[str, str]) -> float:
 def run_ours(folder: Path, env: dict[str, str]) -> float:
     """Return the seconds of the same trials through two workers."""
     env = {**env, "STUDY_DB": f"sqlite:///{folder}/study.db", "TOTAL_TRIALS": str(TRIALS)}
-    env |= {"PRUNER": "none", "PYTHONPATH": f"{SCRIPTS}:{HERE.parent}"}
+    env |= {"PRUNER": "none", "PYTHONPATH": f"{SCRIPTS}:{HERE}"}
     begin = time.monotonic()
     subprocess.run([sys.executable, "init_optuna_db.py"], cwd=SCRIPTS, env=env, check=True)
     subprocess.run([sys.executable, "-c", ENQUEUE], cwd=SCRIPTS, env=env, check=True)

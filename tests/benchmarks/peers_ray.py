@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = str(ROOT / "code_and_slurm-scripts")
-sys.path[:0] = [str(ROOT / "tests")]
+from peers import CONFIG
 
-from peers import CONFIG  # noqa: E402
+SCRIPTS = str(Path(__file__).resolve().parents[2] / "code_and_slurm-scripts")
 
 
 def train(config: dict[str, Any]) -> None:

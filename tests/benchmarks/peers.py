@@ -3,10 +3,17 @@
     python tests/benchmarks/peers.py                 three rounds, about ten minutes
     python tests/benchmarks/peers.py --rounds 1
 
-Ray Tune is installed into a temporary environment of its own, which uses this one's torch; that is
-not part of the time.  Both train the same function on the same configurations: 2 000 images, two
-epochs.  The time is that of the whole command, with the start of its processes: `ray.init` and the
-trials on one side, init_optuna_db.py and two workers on the other.
+You should see one line per round, and then the medians.  Each time is that of whole commands, with
+the start of their processes:
+
+    Ray, guide   Ray Tune with the training loop of the published guide, as its user writes it
+    Ray, ours    Ray Tune with the bundle's train_model
+    bundle       init_optuna_db.py, and two workers with the bundle's train_model
+    floor        the bundle's train_model in two bare processes: no study, nothing written
+
+Every trial is the same on all sides: 2 000 images, two epochs.  "Noise" is the bundle against the
+bundle.  Ray Tune is installed into a temporary environment of its own, which uses this one's torch;
+that is not part of the time.
 """
 
 from __future__ import annotations
@@ -44,6 +51,14 @@ for lr in RATES: study.enqueue_trial({**CONFIG, "lr": lr})
 """
 
 
+FLOOR = """
+import os, optuna_mnist
+from peers import CONFIG, RATES
+for lr in RATES[int(os.environ["WORKER_RANK"])::2]:
+    optuna_mnist.train_model({**CONFIG, "num_classes": 10, "lr": lr})
+"""
+
+
 def make_ray(folder: Path) -> str:
     """Install Ray Tune beside this environment's packages; return its Python."""
     venv.create(folder, with_pip=True)
@@ -54,10 +69,10 @@ def make_ray(folder: Path) -> str:
     return python
 
 
-def run_ray(python: str, folder: Path, env: dict[str, str]) -> float:
+def run_ray(python: str, loop: str, folder: Path, env: dict[str, str]) -> float:
     """Return the seconds of the trials through Ray Tune."""
     begin = time.monotonic()
-    command = [python, str(HERE / "peers_ray.py"), str(folder), *map(str, RATES)]
+    command = [python, str(HERE / "peers_ray.py"), loop, str(folder), *map(str, RATES)]
     env = {**env, "HOME": str(folder)}  # Ray leaves a token there
     log = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds = time.monotonic() - begin
@@ -65,23 +80,14 @@ def run_ray(python: str, folder: Path, env: dict[str, str]) -> float:
     return seconds
 
 
-def run_ours(folder: Path, env: dict[str, str]) -> float:
+def run_bundle(folder: Path, env: dict[str, str]) -> float:
     """Return the seconds of the same trials through two workers."""
     env = {**env, "STUDY_DB": f"sqlite:///{folder}/study.db", "TOTAL_TRIALS": str(TRIALS)}
-    env |= {"PRUNER": "none", "PYTHONPATH": f"{SCRIPTS}:{HERE}"}
+    env |= {"PRUNER": "none"}
     begin = time.monotonic()
     subprocess.run([sys.executable, "init_optuna_db.py"], cwd=SCRIPTS, env=env, check=True)
     subprocess.run([sys.executable, "-c", ENQUEUE], cwd=SCRIPTS, env=env, check=True)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "optuna_mnist.py"],
-            cwd=SCRIPTS,
-            env={**env, "WORKER_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
-    assert [worker.wait() for worker in workers] == [0, 0]
+    run_both(["optuna_mnist.py"], env)
     seconds = time.monotonic() - begin
     report = subprocess.check_output(
         [sys.executable, "check_best_model.py"], cwd=SCRIPTS, env=env, text=True
@@ -90,28 +96,49 @@ def run_ours(folder: Path, env: dict[str, str]) -> float:
     return seconds
 
 
+def run_both(arguments: list[str], env: dict[str, str]) -> float:
+    """Return the seconds of two processes at once, whose WORKER_RANK is 0 and 1."""
+    begin = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=SCRIPTS,
+            env={**env, "WORKER_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    return time.monotonic() - begin
+
+
 def main() -> None:
-    """Run both in turn and print the times and the median of the ratios."""
+    """Run all in turn and print the times and the medians of the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TRAIN_IMAGES": "2000"}
-    ratios = []
+    env |= {"PYTHONPATH": f"{SCRIPTS}:{HERE}"}
+    table = []
     with tempfile.TemporaryDirectory() as name:
-        top = Path(name)
-        python = make_ray(top / "ray")
-        for number in range(rounds):
-            folder = top / str(number)
-            folder.mkdir()
-            peer, ours = run_ray(python, folder, env), run_ours(folder, env)
-            again = run_ours(Path(tempfile.mkdtemp(dir=top)), env)
-            ratios.append(peer / ours)
-            print(
-                f"Ray Tune {peer:.1f} s, this bundle {ours:.1f} s: {peer / ours:.1f} ×; "
-                f"noise (this bundle again) {again / ours:.2f} ×",
-                flush=True,
-            )
-    print(f"median {statistics.median(ratios):.1f} ×; load {os.getloadavg()[0]:.1f}")
+        python = make_ray(Path(name) / "ray")
+
+        def folder() -> Path:
+            return Path(tempfile.mkdtemp(dir=name))
+
+        for _ in range(rounds):
+            times = {
+                "Ray, guide": run_ray(python, "guide", folder(), env),
+                "bundle": run_bundle(folder(), env),
+                "Ray, ours": run_ray(python, "ours", folder(), env),
+                "noise": run_bundle(folder(), env),
+                "floor": run_both(["-c", FLOOR], env),
+            }
+            table.append({key: seconds / times["bundle"] for key, seconds in times.items()})
+            print(*(f"{key} {seconds:.1f} s;" for key, seconds in times.items()), flush=True)
+    for key in table[0]:
+        print(f"{key:12}{statistics.median(row[key] for row in table):5.2f} × the bundle's time")
+    print(f"load {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def guide(config: Config, images: int, device: torch.device) -> Epoch:
     net = GuideNet(config).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=config["lr"])
 
-    def epoch() -> None:
+    def epoch() -> float:
         total = 0.0
         for batch, labels in loader:
             loss = functional.cross_entropy(net(batch.to(device)), labels.to(device))
@@ -72,6 +72,7 @@ def guide(config: Config, images: int, device: torch.device) -> Epoch:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.item()
+        return total
 
     return epoch
 

@@ -1,19 +1,20 @@
 """The same 16 short trials, two at a time, through Ray Tune and through this bundle.
 
-    python tests/benchmarks/peers.py                 three rounds, about ten minutes
+    python tests/benchmarks/peers.py                 three rounds, about twenty minutes
     python tests/benchmarks/peers.py --rounds 1
 
-You should see one line per round, and then the medians.  Each time is that of whole commands, with
-the start of their processes:
+You should see one line per round, and then the medians, for each of two lengths of a trial: the
+shorter it is, the more the time is that of what stands around it.  Each time is that of whole
+commands, with the start of their processes:
 
     Ray, guide   Ray Tune with the training loop of the published guide, as its user writes it
     Ray, ours    Ray Tune with the bundle's train_model
     bundle       init_optuna_db.py, and two workers with the bundle's train_model
     floor        the bundle's train_model in two bare processes: no study, nothing written
 
-Every trial is the same on all sides: 2 000 images, two epochs.  "Noise" is the bundle against the
-bundle.  Ray Tune is installed into a temporary environment of its own, which uses this one's torch;
-that is not part of the time.
+A trial is the same on all sides: two epochs of 500 images, and then of 2 000.  "Noise" is the
+bundle against the bundle.  Ray Tune is installed into a temporary environment of its own, which
+uses this one's torch; that is not part of the time.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ import sysconfig
 import tempfile
 import time
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parents[1] / "code_and_slurm-scripts"
 RAY = "ray[tune]==2.60.0"
 TRIALS = 16
+IMAGES = 500, 2000
 CONFIG = {
     "batch_size": 64,
     "conv1_channels": 8,
@@ -49,8 +52,6 @@ from peers import CONFIG, RATES
 study = create_or_open_study(Settings.from_env())
 for lr in RATES: study.enqueue_trial({**CONFIG, "lr": lr})
 """
-
-
 FLOOR = """
 import os, optuna_mnist
 from peers import CONFIG, RATES
@@ -112,32 +113,41 @@ def run_both(arguments: list[str], env: dict[str, str]) -> float:
     return time.monotonic() - begin
 
 
-def main() -> None:
+def compare(python: str, rounds: int, folder: Callable[[], Path], env: dict[str, str]) -> None:
     """Run all in turn and print the times and the medians of the ratios."""
+    table = []
+    for _ in range(rounds):
+        times = {
+            "Ray, guide": run_ray(python, "guide", folder(), env),
+            "bundle": run_bundle(folder(), env),
+            "Ray, ours": run_ray(python, "ours", folder(), env),
+            "noise": run_bundle(folder(), env),
+            "floor": run_both(["-c", FLOOR], env),
+        }
+        table.append({key: seconds / times["bundle"] for key, seconds in times.items()})
+        print(*(f"{key} {seconds:.1f} s;" for key, seconds in times.items()), flush=True)
+    print(f"trials of {env['TRAIN_IMAGES']} images, two epochs:")
+    for key in table[0]:
+        print(
+            f"    {key:12}{statistics.median(row[key] for row in table):5.2f} × the bundle's time"
+        )
+
+
+def main() -> None:
+    """Install Ray Tune and compare at each length of a trial."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRAIN_IMAGES": "2000"}
-    env |= {"PYTHONPATH": f"{SCRIPTS}:{HERE}"}
-    table = []
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SCRIPTS}:{HERE}"}
     with tempfile.TemporaryDirectory() as name:
         python = make_ray(Path(name) / "ray")
-
-        def folder() -> Path:
-            return Path(tempfile.mkdtemp(dir=name))
-
-        for _ in range(rounds):
-            times = {
-                "Ray, guide": run_ray(python, "guide", folder(), env),
-                "bundle": run_bundle(folder(), env),
-                "Ray, ours": run_ray(python, "ours", folder(), env),
-                "noise": run_bundle(folder(), env),
-                "floor": run_both(["-c", FLOOR], env),
-            }
-            table.append({key: seconds / times["bundle"] for key, seconds in times.items()})
-            print(*(f"{key} {seconds:.1f} s;" for key, seconds in times.items()), flush=True)
-    for key in table[0]:
-        print(f"{key:12}{statistics.median(row[key] for row in table):5.2f} × the bundle's time")
+        for images in IMAGES:
+            compare(
+                python,
+                rounds,
+                lambda: Path(tempfile.mkdtemp(dir=name)),
+                {**env, "TRAIN_IMAGES": str(images)},
+            )
     print(f"load {os.getloadavg()[0]:.1f}")
 
 

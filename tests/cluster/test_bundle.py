@@ -253,7 +253,8 @@ def test_scancel_and_submit_again(bundle: Bundle) -> None:
     bundle.wait_finished(2)
     bundle.cluster.run("login", "scancel", str(first))
     assert bundle.cluster.wait_end(first, 60) == "CANCELLED"
-    assert "RUNNING" not in [state for _, state in bundle.trials()], "SIGTERM returns the trials"
+    logs = [bundle.log(first), *(bundle.log(first, worker) for worker in bundle.workers(first))]
+    assert "RUNNING" not in [state for _, state in bundle.trials()], "\n\n".join(logs)
     second = bundle.submit()
     bundle.finish(second)
     bundle.done("scancel, then submitted again", [first, second], start)

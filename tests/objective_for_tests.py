@@ -24,8 +24,15 @@ def objective(trial: optuna.Trial) -> float:
         return float("nan")
     if behaviour == "usr1" and trial.number == 2:
         os.kill(os.getpid(), signal.SIGUSR1)
-    if behaviour == "sleep":
+    if behaviour == "die of SIGTERM":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if behaviour in ("sleep", "die of SIGTERM"):
         time.sleep(600)
+    if behaviour == "image gone":
+        try:
+            time.sleep(600)
+        finally:
+            raise OSError("Transport endpoint is not connected")
     if behaviour == "slow":
         time.sleep(0.2)
     for epoch in range(1000 if behaviour == "epochs" else 1):

@@ -247,12 +247,12 @@ def test_dead_worker_is_started_again_three_times(tmp_path: Path) -> None:
     worker = tmp_path / "worker.sh"
     worker.write_text(f"echo x >>{tmp_path}/starts; kill -9 $$")
     keeper = BUNDLE / "code_and_slurm-scripts" / "hpo" / "keep_running.sh"
-    result = subprocess.run(["bash", str(keeper), "bash", str(worker)], capture_output=True)
+    result = subprocess.run(["bash", str(keeper), str(worker), "bash"], capture_output=True)
     assert result.returncode == 137
     assert (tmp_path / "starts").read_text() == "x\n" * 4
     for status in (0, 1, 2):
         worker.write_text(f"echo x >>{tmp_path}/{status}; exit {status}")
-        assert subprocess.run(["bash", str(keeper), "bash", str(worker)]).returncode == status
+        assert subprocess.run(["bash", str(keeper), str(worker), "bash"]).returncode == status
         assert (tmp_path / str(status)).read_text() == "x\n"
 
 

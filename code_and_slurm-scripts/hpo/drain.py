@@ -56,6 +56,11 @@ class Drain:
         needed = max(RESERVE_SECONDS, REPORT_SECONDS + self._longest_epoch)
         return self._requested or time.time() + needed > self._job_end
 
+    @property
+    def at_once(self) -> bool:
+        """Whether SIGTERM or SIGINT has come."""
+        return self._at_once
+
     def epoch_ended(self) -> None:
         """Note how long the epoch took."""
         now = time.monotonic()

@@ -95,7 +95,7 @@ run_workers() {
     export DRAIN_FILE=$scripts/.drain-$SLURM_JOB_ID # the workers stop when it is there
     trap 'touch "$DRAIN_FILE"' USR1                 # from Slurm, 90 s before the time limit
     "${on_every_gpu[@]}" --output="$logs/%j.%t.out" "${several[@]}" \
-        bash hpo/keep_running.sh "${in_container[@]}" python -u "$PY_SCRIPT" &
+        bash hpo/keep_running.sh "$PY_SCRIPT" "${in_container[@]}" python -u &
     local step=$!
     while true; do # in the background, because bash obeys a trap between commands only
         status=0

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One worker of a job, started again if it dies (bash keep_running.sh COMMAND…).
+# One worker of a job, started again if it dies (bash keep_running.sh SCRIPT PYTHON…, where PYTHON…
+# is the command that runs a Python script).
 #
 # A worker that ends by itself (status 0, 1, 2) is not started again; one that was killed by a
 # signal, or crashed in a library, is: at most three times in a row.  A worker that had lived for
@@ -9,10 +10,12 @@ set -uo pipefail
 stopping=0
 trap 'stopping=1' USR1 TERM INT
 
+script=$1
+shift
 deaths=0
 while true; do
     began=$SECONDS
-    "$@" &
+    "$@" "$script" &
     worker=$!
     wait "$worker"
     status=$?
@@ -20,6 +23,9 @@ while true; do
         wait "$worker"
         status=$?
     done
+    if ((stopping && status > 2)); then
+        "$@" -m hpo.return_trials # which it may not have come to
+    fi
     if ((stopping || status <= 2)); then
         exit "$status"
     fi

@@ -113,12 +113,19 @@ class Leases:
             watched.still = before.still + min(watched.looked - before.looked, self.grace / 2)
         return watched
 
-    def take_back(self, file: StudyFile, lease: Lease) -> bool:
-        """Return a dead worker's trial as crashed; False if it has moved since it was read."""
+    def find_predecessors(self, file: StudyFile, study_id: int) -> list[Lease]:
+        """Return the leases of earlier processes of this same worker in this same job."""
+        me = self.owner.split("/")[0]
+        rows = file.read(RUNNING, (study_id,))
+        leases = [Lease(*row) for *row, job_id in rows if job_id == self.job_id]
+        return [lease for lease in leases if lease.owner.split("/")[0] == me]
+
+    def take_back(self, file: StudyFile, lease: Lease, crashed: bool = True) -> bool:
+        """Return a dead worker's trial; False if it has moved since it was read."""
         with file.write() as db:
             state = "SELECT state, owner, counter FROM leases JOIN trials USING (trial_id) "
             now = db.execute(state + "WHERE trial_id = ?", (lease.trial_id,)).fetchone()
             if now != ("RUNNING", lease.owner, lease.counter):
                 return False
-            self.give_back(db, lease.trial_id, crashed=True)
+            self.give_back(db, lease.trial_id, crashed)
             return True

@@ -202,6 +202,15 @@ class SQLiteStorage(tables.Studies):
         stale = self._leases.find_stale(self.file, study_id, alive_jobs)
         return [lease.number for lease in stale if self._leases.take_back(self.file, lease)]
 
+    def return_predecessors_trials(self, study_id: int) -> list[int]:
+        """Return the trials of an earlier process of this worker in its job, as not crashed.
+
+        Only for who knows that the process has ended, and that it was asked to. Returns their
+        numbers.
+        """
+        leases = self._leases.find_predecessors(self.file, study_id)
+        return [lease.number for lease in leases if self._leases.take_back(self.file, lease, False)]
+
     def count_leases(self, study_id: int) -> int:
         """Return how many trials of the study are running under a lease, here or elsewhere."""
         return self._leases.count(self.file, study_id)

@@ -112,6 +112,18 @@ def test_resumed_trial_equals_the_uninterrupted_one(study: optuna.Study) -> None
     assert study.get_trials()[other_number].intermediate_values == curve
 
 
+def test_new_trial_takes_no_checkpoint_of_a_study_that_was_deleted(
+    study: optuna.Study, run: Run
+) -> None:
+    folder = Settings.from_env().checkpoints
+    folder.mkdir(parents=True)
+    (folder / "trial-00000.state.pt").write_bytes(b"of another net")
+    study.enqueue_trial(SMALL)
+    result = run("optuna_mnist.py", TOTAL_TRIALS="1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert study.get_trials()[0].state == TrialState.COMPLETE
+
+
 def test_checkpoint_of_a_gpu_goes_on_a_cpu(study: optuna.Study) -> None:
     """There Adam is capturable, which on a CPU is an error at the next step."""
     trial = study.ask()

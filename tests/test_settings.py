@@ -64,7 +64,9 @@ def test_relative_database_is_in_the_scripts_folder(
     monkeypatch.chdir(tmp_path)
     settings = Settings.from_env()
     assert settings.study_db == f"sqlite:///{SCRIPTS}/study.db"
-    assert settings.checkpoints == SCRIPTS / "checkpoints" / "mnist_hpo"
+    assert settings.checkpoints == SCRIPTS / "checkpoints" / "study.db" / "mnist_hpo"
+    other = Settings.from_env(STUDY_DB="sqlite:///other.db")
+    assert other.checkpoints != settings.checkpoints  # one name, two studies
 
 
 def test_empty_variable_means_default(monkeypatch: pytest.MonkeyPatch) -> None:

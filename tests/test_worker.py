@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -100,9 +101,14 @@ def test_usr1_returns_the_trial_after_its_epoch(run: Run) -> None:
     assert Counter(trial.state.is_finished() for trial in trials()) == {True: 6}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_returns_the_trial_at_once(signum: signal.Signals, own_study: Path) -> None:
-    worker = start(BEHAVIOUR="sleep")
+@pytest.mark.parametrize(
+    ("signum", "behaviour"),
+    [(signal.SIGTERM, "sleep"), (signal.SIGINT, "sleep"), (signal.SIGTERM, "image gone")],
+)
+def test_sigterm_returns_the_trial_at_once(
+    signum: signal.Signals, behaviour: str, own_study: Path
+) -> None:
+    worker = start(BEHAVIOUR=behaviour)
     wait_for(TrialState.RUNNING, own_study)
     time.sleep(1)  # until it is in the objective
     worker.send_signal(signum)
@@ -113,14 +119,41 @@ def test_sigterm_returns_the_trial_at_once(signum: signal.Signals, own_study: Pa
     assert trials()[0].params
 
 
-def wait_for(state: TrialState, own_study: Path) -> FrozenTrial:
-    """Wait until the study's first trial is in that state, with its parameters."""
+def test_trial_of_a_worker_that_sigterm_has_killed_is_returned_too(own_study: Path) -> None:
+    job = {"SLURM_JOB_ID": "7", "LEASE_GRACE": "600"}
+    other = start(BEHAVIOUR="sleep", WORKER_RANK="1", **job)
+    wait_for(TrialState.RUNNING, own_study)
+    killed = subprocess.Popen(
+        ["bash", "hpo/keep_running.sh", str(OBJECTIVE), sys.executable, "-u"],
+        env={**os.environ, "BEHAVIOUR": "die of SIGTERM", "WORKER_RANK": "0", **job},
+        cwd=SCRIPTS,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(TrialState.RUNNING, own_study, number=1)
+    time.sleep(1)  # until it is in the objective
+    os.killpg(killed.pid, signal.SIGTERM)  # as Slurm does, to all processes of a step
+    output, _ = killed.communicate(timeout=30)
+    assert killed.returncode == 128 + signal.SIGTERM
+    assert "trial 1 back to the queue" in output
+    assert [trial.state for trial in trials()] == [TrialState.RUNNING, TrialState.WAITING]
+    with sqlite3.connect(own_study) as database:
+        attempts = database.execute("SELECT attempts FROM leases WHERE owner IS NULL").fetchall()
+    assert attempts == [(0,)]  # no crash
+    other.kill()
+    other.communicate()
+
+
+def wait_for(state: TrialState, own_study: Path, number: int = 0) -> FrozenTrial:
+    """Wait until a trial of the study, by default the first, is in that state; return it."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if own_study.exists() and (found := trials()) and found[0].state == state:
-            return found[0]
+        found = trials() if own_study.exists() else []
+        if len(found) > number and found[number].state == state:
+            return found[number]
         time.sleep(0.1)
-    raise AssertionError(f"trial 0 is not {state.name}")
+    raise AssertionError(f"trial {number} is not {state.name}")
 
 
 def test_trial_of_a_killed_worker_is_run_by_the_one_that_waits(own_study: Path) -> None:

@@ -3,7 +3,7 @@
     losses = checkpoint.load(trial, model, optimizer)     [] for a trial that starts afresh
     checkpoint.save(trial, model, optimizer, losses)      after each epoch, behind trial.report
 
-Everything lies in checkpoints/STUDY_NAME/ beside study.db:
+Everything lies in checkpoints/study.db/STUDY_NAME/ beside study.db:
 
     trial-00012.state.pt      while trial 12 is not finished: model, optimiser, random states,
                               losses; a trial that was interrupted goes on from here
@@ -87,6 +87,11 @@ def save(
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state()
     _write(state, _state_path(trial.number))
+
+
+def discard(number: int) -> None:
+    """Remove the checkpoint of a trial that is new: a study left it that is no longer there."""
+    _state_path(number).unlink(missing_ok=True)
 
 
 def keep_weights(number: int) -> None:

@@ -129,9 +129,13 @@ class Settings:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of this study's checkpoints and weights, beside study.db."""
-        beside = self.sqlite_path.parent if self.sqlite_path else SCRIPTS
-        return beside / "checkpoints" / self.study_name
+        """The folder of this study's checkpoints and weights, beside study.db.
+
+        Two databases may hold studies of one name, so that of the file is in it, too.
+        """
+        if self.sqlite_path is None:
+            return SCRIPTS / "checkpoints" / self.study_name
+        return self.sqlite_path.parent / "checkpoints" / self.sqlite_path.name / self.study_name
 
 
 def pip_command(*packages: str) -> str:

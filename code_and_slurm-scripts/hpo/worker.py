@@ -167,6 +167,8 @@ def run_trial(
     """
     begin = time.monotonic()
     log.info("trial %d started", trial.number)
+    if not trial.params:  # one that goes on has those that it began with
+        checkpoint.discard(trial.number)
     state, value, reason = _call(objective, trial, drain)
     try:
         _finish(study, trial, state, value, reason)
@@ -204,6 +206,8 @@ def _call(
         log.error("trial %d failed: %s", trial.number, error)
         return TrialState.FAIL, None, str(error)
     except Exception as error:  # one bad trial must not end the worker
+        if drain.at_once:  # scancel also takes the container's image away: not the trial's fault
+            return TrialState.WAITING, None, ""
         log.exception("trial %d failed", trial.number)
         return TrialState.FAIL, None, _reason(error)
 

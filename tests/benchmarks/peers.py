@@ -138,6 +138,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
+    # In a fresh clone the images are packed, and the guide's loop does not unpack them.
+    subprocess.run(
+        [sys.executable, "-c", "from hpo import mnist; mnist.prepare()"], cwd=SCRIPTS, check=True
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SCRIPTS}:{HERE}"}
     with tempfile.TemporaryDirectory() as name:
         python = make_ray(Path(name) / "ray")

@@ -34,6 +34,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "code_and_slurm-scripts")]
+
+from hpo import mnist  # noqa: E402
+
 NAMES = ("batch_size", "conv1_channels", "conv2_channels", "kernel1", "kernel2", "fc_dim")
 PANEL = (
     (16, 8, 16, 3, 3, 64),
@@ -174,6 +179,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--configurations", type=int, default=len(PANEL), help="of the panel")
     options = parser.parse_args()
+    mnist.prepare()  # in a fresh clone the images are packed
     name, on_gpu = machine()
     print(f"{name}; {options.rounds} rounds; load {os.getloadavg()[0]:.1f}")
     columns = "guide     eager      ours  /guide   /core  /eager  %peak"

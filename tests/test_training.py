@@ -83,6 +83,41 @@ def test_a_loss_that_is_no_number_surfaces(lr: float) -> None:
     assert not math.isfinite(evaluate(trainer.model, trainer.data)[0])
 
 
+def test_forward_flop_is_what_torch_counts_and_leaves_the_model_alone() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = optuna_mnist.CNN(CONFIG)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(3, 1, 28, 28))
+    assert training.forward_flop(model, 3) == counter.get_total_flops()
+    assert model.training
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+@pytest.mark.parametrize("cpu_has_it", [True, False])
+def test_bf16_for_large_nets_alone_where_the_cpu_has_it(
+    cpu_has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "has_bf16", lambda: cpu_has_it)
+    data, validation = mnist.load_training(pick_device(), 1000)
+    for channels, is_large in ((8, False), (64, True)):
+        ends = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            model = optuna_mnist.CNN({**CONFIG, "conv1_channels": channels})
+            trainer = Trainer(model, fused_adam(model, 1e-3), data, 64)
+            assert trainer.bf16 == (is_large and cpu_has_it)
+            seen = []
+            model.conv2.register_forward_hook(lambda *call: seen.append(call[2].dtype))  # noqa: B023
+            trainer.train_epoch()
+            assert set(seen) == {torch.bfloat16 if trainer.bf16 else torch.float32}
+            evaluate(model, validation)
+            assert seen[-1] == torch.float32
+            ends.append(weights(trainer))
+        assert torch.equal(*ends)  # the same seed, the same bits
+        assert ends[0].dtype == torch.float32
+
+
 class FakeGraph:
     """Stands for torch.cuda.CUDAGraph: what was recorded runs on `replay`."""
 

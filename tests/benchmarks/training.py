@@ -8,7 +8,8 @@ You should see the machine, one line per configuration, and a summary.  The colu
     guide, eager, ours   images per second of the machine (training_arms.py says what they are)
     /guide, /eager       median over the rounds of ours against the other in the same round
     /core                ours against the guide's loop in one process per core
-    %peak                of the machine's own float32 matrix product, measured beside it
+    %f32, %bf16          of the machine's own matrix product in that precision, measured beside it;
+                         where ours takes bf16, the first may be over 100
     data                 gather and normalise, % of our step
     µs/step              of ours; on a GPU also against replaying the bare graph, and what the
                          capture costs, % of a trial of three epochs
@@ -135,7 +136,8 @@ def measure(config: dict[str, Any], rounds: int, arms: dict[str, Arm], on_gpu: b
         ours = answers["ours"][0]
         step = ours["epoch"] / (seen / config["batch_size"])
         speed |= {"step": step, "data": ours["data"] / step}
-        speed["peak"] = seen / ours["epoch"] * flop(config) / ours["peak"]
+        for peak in ("peak f32", "peak bf16"):
+            speed[peak] = seen / ours["epoch"] * flop(config) / ours[peak]
         speed["capture"] = (ours["first"] - ours["epoch"]) / (ours["first"] + 2 * ours["epoch"])
         speed["replay"] = step / ours.get("replay", math.nan)
         results.append(speed)
@@ -153,7 +155,8 @@ def print_row(config: tuple[int, ...], results: list[dict[str, float]], on_gpu: 
     text = " ".join(f"{value:4}" for value in config)
     text += " ".join(f"{median[name]:9.0f}" for name in ("guide", "eager", "ours"))
     text += "".join(f" {median_ratio(results, name):7.2f}" for name in ("guide", "core", "eager"))
-    text += f" {100 * median['peak']:6.0f} {100 * median['data']:6.2f} {1e6 * median['step']:9.0f}"
+    text += f" {100 * median['peak f32']:6.0f} {100 * median['peak bf16']:6.0f}"
+    text += f" {100 * median['data']:6.2f} {1e6 * median['step']:9.0f}"
     if on_gpu:
         text += f" {median['replay']:8.3f} {100 * median['capture']:8.2f}"
     print(text, flush=True)
@@ -182,9 +185,9 @@ def main() -> None:
     mnist.prepare()  # in a fresh clone the images are packed
     name, on_gpu = machine()
     print(f"{name}; {options.rounds} rounds; load {os.getloadavg()[0]:.1f}")
-    columns = "guide     eager      ours  /guide   /core  /eager  %peak"
+    columns = "guide     eager      ours  /guide   /core  /eager   %f32  %bf16"
     print(f"bs   c1   c2   k1   k2   fc     {columns}", end="")
-    print("   data%   µs/step" + ("  /replay  capture%" if on_gpu else ""))
+    print("  data%   µs/step" + ("  /replay  capture%" if on_gpu else ""))
     arms = {name: Arm(name, on_gpu) for name in ARMS}
     table = []
     for row in PANEL[: options.configurations]:

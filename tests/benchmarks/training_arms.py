@@ -31,6 +31,7 @@ from hpo import mnist  # noqa: E402
 Epoch: TypeAlias = Callable[[], object]  # trains on `images` images, and waits until that is done
 Config: TypeAlias = dict[str, Any]
 MEAN, STD = 0.1307, 0.3081
+PEAKS = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 class GuideNet(nn.Module):
@@ -126,10 +127,10 @@ def seconds(epoch: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def gemm_peak(device: torch.device) -> float:
-    """Return the best of some float32 matrix products, in FLOP/s: nothing can be faster."""
+def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best of some matrix products, in FLOP/s: what a net can at most come near to."""
     size = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2.0 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
 
 
@@ -174,7 +175,8 @@ def main() -> None:
         # The first epoch warms up; on a GPU ours captures there, too.
         answer = {"first": seconds(epoch, device), "epoch": seconds(epoch, device)}
         if request.get("parts"):
-            answer |= {"peak": gemm_peak(device), **step_parts(config, images, device)}
+            answer |= {f"peak {name}": gemm_peak(device, dtype) for name, dtype in PEAKS.items()}
+            answer |= step_parts(config, images, device)
         print(json.dumps(answer), flush=True)
 
 

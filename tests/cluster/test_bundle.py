@@ -24,6 +24,7 @@ from common import BUNDLE
 
 SCRIPT = "run-optuna-multinode_Turpan.sh"
 README = (BUNDLE / "README.txt").read_text()
+SCANCEL = "scancel, then submitted again"
 FINISHED = ("COMPLETE", "PRUNED", "FAIL")
 # All in the environment. Four workers share what cores this machine has: one thread each; and what
 # a dead worker held is free again after 15 s.
@@ -246,18 +247,29 @@ def test_broken_locks(bundle: Bundle) -> None:
     bundle.done("locks that hold on one host only", [job], start)
 
 
-def test_scancel_and_submit_again(bundle: Bundle) -> None:
-    """After scancel the same command completes the study."""
+@pytest.mark.parametrize("killed", [False, True])
+def test_scancel_and_submit_again(killed: bool, bundle: Bundle) -> None:
+    """After scancel the same command completes the study, also if SIGTERM kills the workers.
+
+    So it does where a worker needs a part of the image that has gone.
+    """
     start = time.monotonic()
+    script = bundle.cluster.shared / bundle.scripts.lstrip("/") / "optuna_mnist.py"
+    if killed:
+        begin = "    config = search_space(trial)\n"
+        die = "    import signal; signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+        assert begin in script.read_text()
+        script.write_text(script.read_text().replace(begin, die + begin))
     first = bundle.submit()
     bundle.wait_finished(2)
     bundle.cluster.run("login", "scancel", str(first))
     assert bundle.cluster.wait_end(first, 60) == "CANCELLED"
     logs = [bundle.log(first), *(bundle.log(first, worker) for worker in bundle.workers(first))]
     assert "RUNNING" not in [state for _, state in bundle.trials()], "\n\n".join(logs)
+    assert ("Terminated" in "".join(logs)) == killed, "\n\n".join(logs)
     second = bundle.submit()
     bundle.finish(second)
-    bundle.done("scancel, then submitted again", [first, second], start)
+    bundle.done("  … and it kills the workers" if killed else SCANCEL, [first, second], start)
 
 
 CURVES = """

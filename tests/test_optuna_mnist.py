@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,8 @@ from optuna.trial import TrialState
 
 import optuna_mnist
 from common import SCRIPTS, SMALL, Run
-from hpo import checkpoint, mnist
+from hpo import checkpoint, mnist, worker
+from hpo.drain import Drain
 from hpo.settings import Settings
 from hpo.storage import create_or_open_study, open_study
 from hpo.training import fused_adam
@@ -163,6 +167,28 @@ def test_worker_keeps_the_weights_of_the_best_trial_only(study: optuna.Study, ru
         assert f"{name:15} {value:.4g}" in shown
     scores = optuna_mnist.test_model(optuna_mnist.search_space(study.best_trial), weights)
     assert f"test accuracy   {scores['test accuracy']:.4f}" in shown
+
+
+def test_no_tensor_of_a_trial_outlives_it(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that is the memory of the next trial; a trial that fails leaves none, either."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
+    monkeypatch.setattr(worker, "_spare_imports", lambda: None)
+    drain = Drain(math.inf)
+
+    def objective(trial: optuna.Trial) -> float:
+        loss = optuna_mnist.train_model({**SMALL, "epochs": 1, "num_classes": 10}, trial)
+        if trial.number % 2:
+            raise torch.cuda.OutOfMemoryError(f"after {loss}")
+        return loss
+
+    alive = []
+    for _ in range(6):
+        worker.run_trial(study, study.ask(), objective, drain)
+        alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+    assert {trial.state for trial in study.get_trials()} == {TrialState.COMPLETE, TrialState.FAIL}
+    assert len(set(alive[1:])) == 1, alive  # the first leaves the images, for all
 
 
 def test_hopeless_trial_is_pruned_and_leaves_nothing(study: optuna.Study, run: Run) -> None:

@@ -51,7 +51,7 @@ from hpo.upkeep import Upkeep
 Value: TypeAlias = "float | tuple[float, ...]"  # one number per objective
 Objective: TypeAlias = Callable[[optuna.Trial], Value]
 FAILURES_IN_A_ROW = 3  # without any success: then it is not the parameters, it is the objective
-POLL_SECONDS = 1.0  # while other workers run the last trials
+POLL_SECONDS = 0.05, 1.0  # at first and at most, while other workers run the last trials
 
 log = logging.getLogger("hpo.worker")
 
@@ -132,6 +132,7 @@ def claim(study: optuna.Study, total_trials: int, drain: Drain) -> optuna.Trial 
     While other workers run the last ones it waits: one of them may die, and its trial return.
     Returns None when all trials are finished, or when it is time to stop.
     """
+    pause, longest = POLL_SECONDS
     waiting_said = False
     while not drain.is_due():
         trials = study.get_trials(deepcopy=False)
@@ -146,7 +147,8 @@ def claim(study: optuna.Study, total_trials: int, drain: Drain) -> optuna.Trial 
         if not waiting_said:
             log.info("no trial left to claim; waiting for those that still run elsewhere")
             waiting_said = True
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
     return None
 
 

@@ -46,10 +46,12 @@ CONFIG = {
     "epochs": 2,
 }
 RATES = [1e-4 * 50 ** (number / (TRIALS - 1)) for number in range(TRIALS)]
-ENQUEUE = """
-from hpo.settings import Settings; from hpo.storage import create_or_open_study
+INIT = """
+import init_optuna_db
+from hpo.settings import Settings; from hpo.storage import open_study
 from peers import CONFIG, RATES
-study = create_or_open_study(Settings.from_env())
+init_optuna_db.main()
+study = open_study(Settings.from_env())
 for lr in RATES: study.enqueue_trial({**CONFIG, "lr": lr})
 """
 FLOOR = """
@@ -86,8 +88,7 @@ def run_bundle(folder: Path, env: dict[str, str]) -> float:
     env = {**env, "STUDY_DB": f"sqlite:///{folder}/study.db", "TOTAL_TRIALS": str(TRIALS)}
     env |= {"PRUNER": "none"}
     begin = time.monotonic()
-    subprocess.run([sys.executable, "init_optuna_db.py"], cwd=SCRIPTS, env=env, check=True)
-    subprocess.run([sys.executable, "-c", ENQUEUE], cwd=SCRIPTS, env=env, check=True)
+    subprocess.run([sys.executable, "-c", INIT], cwd=SCRIPTS, env=env, check=True)
     run_both(["optuna_mnist.py"], env)
     seconds = time.monotonic() - begin
     report = subprocess.check_output(

@@ -87,9 +87,10 @@ def test_forward_flop_is_what_torch_counts_and_leaves_the_model_alone() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = optuna_mnist.CNN(CONFIG)
+    images = torch.zeros(3, 1, 28, 28)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(3, 1, 28, 28))
-    assert training.forward_flop(model, 3) == counter.get_total_flops()
+        model(images)
+    assert training.forward_flop(model, images) == counter.get_total_flops()
     assert model.training
     assert not any(layer._forward_hooks for layer in model.modules())
 

@@ -101,25 +101,26 @@ def has_bf16() -> bool:
         return False
 
 
-def forward_flop(model: nn.Module, images: int) -> int:
+def forward_flop(model: nn.Module, images: Tensor) -> int:
     """Return the floating-point operations of a forward pass: those of the layers' weights.
 
-    A copy of the model is tried with one image.  torch.utils.flop_counter says the same, but takes
-    a second for its imports.
+    A copy of the model is tried with `images`, (n, 1, 28, 28) float32.  torch.utils.flop_counter
+    says the same, but takes a second for its imports.
     """
     flop = 0
 
-    def count(layer: nn.Module, inputs: object, output: Tensor) -> None:
+    def count(layer: nn.Module, inputs: object, output: object) -> None:
         nonlocal flop
-        if isinstance(weight := getattr(layer, "weight", None), Tensor):
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and isinstance(output, Tensor):
             flop += 2 * weight.numel() * output.numel() // len(weight)
 
     tried = copy.deepcopy(model).eval()
     for layer in tried.modules():
         layer.register_forward_hook(count)
     with torch.no_grad():
-        tried(torch.zeros(1, 1, 28, 28))
-    return images * flop
+        tried(images)
+    return flop
 
 
 class Trainer:
@@ -146,8 +147,10 @@ class Trainer:
         self.batches = torch.zeros(self.steps, batch_size, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # row of `batches`
         self.total = torch.zeros((), device=device)  # training loss, summed over the steps
-        on_cpu = device.type == "cpu" and has_bf16()
-        self.bf16 = on_cpu and forward_flop(model, batch_size) > BF16_FLOP
+        self.bf16 = device.type == "cpu" and has_bf16()
+        if self.bf16:
+            one = normalise(data.images[:1])
+            self.bf16 = batch_size * forward_flop(model, one) > BF16_FLOP
         self._run_step = self._step
         self._capture_wanted = device.type == "cuda"
 

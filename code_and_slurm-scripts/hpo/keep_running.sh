@@ -23,7 +23,7 @@ while true; do
         wait "$worker"
         status=$?
     done
-    if ((stopping && status > 2)); then
+    if ((stopping && status != 0)); then
         "$@" -m hpo.return_trials # which it may not have come to
     fi
     if ((stopping || status <= 2)); then

@@ -39,8 +39,8 @@ from hpo.mnist import Images
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training images scaled to 0 … 1
 EVALUATION_BATCH = 500  # images; bounds the memory of the largest net's activations
 WARM_UP_STEPS = 3  # before a capture: cuDNN, cuBLAS and Adam allocate what they need
-# Of a step's forward pass. On a CPU with AVX512_BF16, nets above gained up to 1.8 × from bf16 and
-# nets far below lost up to 0.8 × by its conversions (EPYC, torch 2.3 and 2.15, one thread).
+# Of a step's forward pass. On a CPU with AVX512_BF16, nets above this had up to 1.8 × their speed
+# with bf16, and nets below down to 0.83 × (EPYC, torch 2.3 and 2.15, one thread): its conversions.
 BF16_FLOP = 6e7
 # glibc's mallopt(3), from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4

@@ -93,6 +93,15 @@ def normalise(images: Tensor) -> Tensor:
 
 
 @cache
+def side_stream() -> torch.cuda.Stream:
+    """Return the stream of this process that captures; CUDA forbids it on the default stream.
+
+    One for all trials, because cuBLAS keeps a workspace for each stream that it has ever seen.
+    """
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+@cache
 def has_bf16() -> bool:
     """Whether this CPU multiplies bf16 by instructions of its own; without, bf16 is slower."""
     try:
@@ -197,7 +206,7 @@ class Trainer:
         Recording runs nothing: the model, the optimiser and `position` stay as they are.  If it
         fails, every step stays eager.
         """
-        side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # CUDA forbids capture on the default stream
+        side = side_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):

@@ -305,7 +305,8 @@ def test_frozen_workers_late_result_is_refused(path: Path) -> None:
     time.sleep(0.7)  # one report is in the file
     _freeze(frozen, path)
     other = fork(_run_slowly, path, log, grace, stderr=errors)
-    time.sleep(3 * grace)
+    while count_lines(log, "claimed") != {0: 2}:
+        time.sleep(0.01)
     os.kill(frozen, signal.SIGCONT)
     assert wait([frozen, other]) == [0, 0]
     assert errors.read_text() == ""  # no traceback

@@ -26,6 +26,7 @@ def objective(trial: optuna.Trial) -> float:
         os.kill(os.getpid(), signal.SIGUSR1)
     if behaviour == "die of SIGTERM":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print("ready to die", flush=True)
     if behaviour in ("sleep", "die of SIGTERM"):
         time.sleep(600)
     if behaviour == "image gone":

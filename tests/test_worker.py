@@ -131,8 +131,8 @@ def test_trial_of_a_worker_that_sigterm_has_killed_is_returned_too(own_study: Pa
         text=True,
         start_new_session=True,
     )
-    wait_for(TrialState.RUNNING, own_study, number=1)
-    time.sleep(1)  # until it is in the objective
+    assert killed.stdout
+    assert any("ready to die" in line for line in killed.stdout)  # and no further line is read
     os.killpg(killed.pid, signal.SIGTERM)  # as Slurm does, to all processes of a step
     output, _ = killed.communicate(timeout=30)
     assert killed.returncode == 128 + signal.SIGTERM
@@ -145,15 +145,15 @@ def test_trial_of_a_worker_that_sigterm_has_killed_is_returned_too(own_study: Pa
     other.communicate()
 
 
-def wait_for(state: TrialState, own_study: Path, number: int = 0) -> FrozenTrial:
-    """Wait until a trial of the study, by default the first, is in that state; return it."""
+def wait_for(state: TrialState, own_study: Path) -> FrozenTrial:
+    """Wait until the study's first trial is in that state; return it."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         found = trials() if own_study.exists() else []
-        if len(found) > number and found[number].state == state:
-            return found[number]
+        if found and found[0].state == state:
+            return found[0]
         time.sleep(0.1)
-    raise AssertionError(f"trial {number} is not {state.name}")
+    raise AssertionError(f"trial 0 is not {state.name}")
 
 
 def test_trial_of_a_killed_worker_is_run_by_the_one_that_waits(own_study: Path) -> None:

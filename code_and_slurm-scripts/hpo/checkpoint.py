@@ -39,8 +39,8 @@ def load(
     """Restore an interrupted trial in place and return the losses of its finished epochs.
 
     A trial that has no checkpoint is left as it is, and `[]` returned.  Because the random states
-    are restored too, a resumed trial takes the same steps as an uninterrupted one; on a CPU its
-    result is the same to the last bit.
+    are restored too, a resumed trial takes the same steps as an uninterrupted one; on a CPU of the
+    same kind its result is the same to the last bit.
     """
     path = _state_path(trial.number) if trial else None
     if not trial or not path or not path.exists():

@@ -26,10 +26,10 @@ import optuna
 import torch
 from torch import Tensor, nn
 
-from hpo import checkpoint, ddp
-from hpo.objectives import check_needs, chosen
-from hpo.pairs import Pair, load_pairs
-from hpo.seq2seq import (
+from hpo import Settings, UserError, checkpoint, chosen, ddp, run_script, run_worker
+from hpo.packages import pip_command
+from hpo.train.pairs import Pair, load_pairs
+from hpo.train.seq2seq import (
     VOCABULARY,
     batches,
     evaluate,
@@ -38,11 +38,9 @@ from hpo.seq2seq import (
     summed_loss,
     targets,
 )
-from hpo.settings import Settings, UserError, pip_command, run_script
-from hpo.training import fused_adam, pick_device
-from hpo.worker import run_worker
+from hpo.train.training import fused_adam, pick_device
 
-NEEDS = ("transformers==4.57.6", "num2words")  # what pip installs beside torch and Optuna
+NEEDS = ("transformers", "num2words")  # what pip installs beside torch and Optuna
 
 # ---------- 1. The search space: EDIT ----------
 
@@ -115,6 +113,24 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 
 
 # ---------- 3. Training one configuration: EDIT ----------
+
+
+def prepare() -> None:
+    """Check what can be wrong before the first trial: packages, GPUs, and the pairs.
+
+    Raises:
+        UserError: something is.
+    """
+    from transformers.utils import is_torch_available  # type: ignore[attr-defined]
+
+    if not is_torch_available():  # transformers 5 ignores a torch older than 2.4
+        wanted = pip_command(*NEEDS)
+        raise UserError(f"this transformers is too new for torch {torch.__version__}; {wanted}")
+    # Now, because torch 2.6 cannot import it where the parameters are counted, on device "meta".
+    from transformers import T5ForConditionalGeneration  # noqa: F401
+
+    ddp.check_gpus()
+    load_pairs(Settings.from_env())
 
 
 def train_model(config: dict[str, Any], trial: optuna.Trial | None = None) -> float:
@@ -222,21 +238,5 @@ def test_model(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, 
     return {"test loss": evaluate(model, test), "exact match": exact_match(model, test)}
 
 
-def main() -> int:
-    """Check what can be wrong before the first trial, then be a worker."""
-    check_needs("optuna_t5.py")
-    from transformers.utils import is_torch_available  # type: ignore[attr-defined]
-
-    if not is_torch_available():  # transformers 5 ignores a torch older than 2.4
-        wanted = pip_command(*NEEDS)
-        raise UserError(f"this transformers is too new for torch {torch.__version__}; {wanted}")
-    # Now, because torch 2.6 cannot import it where the parameters are counted, on device "meta".
-    from transformers import T5ForConditionalGeneration  # noqa: F401
-
-    ddp.check_gpus()
-    load_pairs(Settings.from_env())
-    return run_worker(objective)
-
-
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: run_worker(objective))

@@ -20,8 +20,8 @@ export SEED="${SEED-6}" # the same first trials on every machine; empty: never t
 # ---------------------------------------
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source code_and_slurm-scripts/hpo/venv.sh
-source code_and_slurm-scripts/hpo/mps.sh
+source code_and_slurm-scripts/hpo/job/venv.sh
+source code_and_slurm-scripts/hpo/job/mps.sh
 make_venv .venv run
 python=$PWD/.venv/bin/python
 logs=$PWD/logs

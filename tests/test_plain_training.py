@@ -12,7 +12,7 @@ import pytest
 
 from common import BUNDLE, SCRIPTS, Run
 from hpo.settings import Settings
-from hpo.storage import open_study
+from hpo.study.opening import open_study
 
 FOLDER = BUNDLE / "tests" / "plain_training"
 MOST_CHANGED = 30  # lines

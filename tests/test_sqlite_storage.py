@@ -18,8 +18,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hpo.sqlite_storage import LeaseLost, NoTrialLeft, SQLiteStorage
-from hpo.study_file import create_study_file
+from hpo.study.sqlite_file import create_study_file
+from hpo.study.storage import LeaseLost, NoTrialLeft, SQLiteStorage
 from storage_helpers import (
     EPOCHS,
     NAME,

@@ -12,7 +12,7 @@ import pytest
 
 from common import SCRIPTS, Run
 from hpo.settings import Settings, UserError
-from hpo.storage import create_or_open_study, open_study
+from hpo.study.opening import create_or_open_study, open_study
 
 
 def test_init_creates_opens_and_changes_nothing(run: Run, own_study: Path) -> None:

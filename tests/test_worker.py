@@ -15,12 +15,12 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from common import BUNDLE, SCRIPTS, Run
-from hpo.samplers import sampler_seed
+from common import HELPERS, SCRIPTS, Run
+from hpo.search.samplers import sampler_seed
 from hpo.settings import Settings
-from hpo.storage import open_study
+from hpo.study.opening import open_study
 
-OBJECTIVE = BUNDLE / "tests" / "objective_for_tests.py"
+OBJECTIVE = HELPERS / "objective_for_tests.py"
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_trial_of_a_worker_that_sigterm_has_killed_is_returned_too(own_study: Pa
     other = start(BEHAVIOUR="sleep", WORKER_RANK="1", **job)
     wait_for(TrialState.RUNNING, own_study)
     killed = subprocess.Popen(
-        ["bash", "hpo/keep_running.sh", str(OBJECTIVE), sys.executable, "-u"],
+        ["bash", "hpo/job/keep_running.sh", str(OBJECTIVE), sys.executable, "-u"],
         env={**os.environ, "BEHAVIOUR": "die of SIGTERM", "WORKER_RANK": "0", **job},
         cwd=SCRIPTS,
         stdout=subprocess.PIPE,

@@ -1,5 +1,7 @@
 """What pip has to install: which packages are missing, and the one command that installs them.
 
+    python -m hpo.packages        is the tested Optuna there?  The batch script asks in the image
+
 The versions are those of requirements-container.txt in the scripts' folder, and stand nowhere else.
 """
 
@@ -12,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 
-from hpo.settings import SCRIPTS, UserError
+from hpo.settings import SCRIPTS, UserError, run_script
 
 REQUIREMENTS = SCRIPTS / "requirements-container.txt"
 
@@ -103,3 +105,13 @@ def check_optuna() -> None:
             f"Optuna {found or 'is not installed'}: this bundle was tested with {tested} alone; "
             f"once:\n    {pip_command('optuna')}"
         )
+
+
+def main() -> int:
+    """Check Optuna; return the exit status."""
+    check_optuna()
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

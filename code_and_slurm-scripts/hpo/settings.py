@@ -1,9 +1,10 @@
 """The environment variables of the bundle: read once, checked before a GPU is used.
 
     python -m hpo.settings        prints the table of all of them, with the values in force
+    python -m hpo.settings given  what was given, as it is typed before a command
 
 The names are those of the USER CONFIG block in run-optuna-multinode_Turpan.sh.  Every script calls
-`Settings.from_env()`: the first call of a process reads the environment, later ones return the same.
+`Settings.from_env()`: the first call of a process reads the environment, later ones return that.
 The launch scripts also set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix
 seconds), DRAIN_FILE (hpo/drain.py), ALIVE_JOBS (the user's jobs in Slurm's queue) and WORKER_TOKEN
 (hpo/job/keep_running.sh).
@@ -14,6 +15,7 @@ This module imports nothing but the standard library, so that it starts at once 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -271,8 +273,17 @@ def _study_url(text: str) -> str:
 
 
 def print_table() -> int:
-    """Print every variable, the value in force, and what it is; return the exit status."""
+    """Print every variable, the value in force, and what it is; return the exit status.
+
+    With the word `given`: those that are set to something else than their default, on one line, as
+    they are typed before a command.
+    """
     Settings.from_env()
+    if sys.argv[1:] == ["given"]:
+        set_to = {name: os.environ.get(name) or default for name, default in DEFAULTS.items()}
+        words = [f"{n}={shlex.quote(v)}" for n, v in set_to.items() if v != DEFAULTS[n]]
+        print(" ".join(words))
+        return 0
     for variable in VARIABLES:
         value = os.environ.get(variable.name) or variable.default or "-"
         print(f"{variable.name:16} {value:20} {variable.says}")

@@ -11,8 +11,8 @@
     1 to mend: dropout
 
 The trials (hpo/check/short_trial.py) have the first, as a rule the smallest, value of each
-parameter.  They can be repeated to the last bit; so when another value leaves the result as it is, that value
-has not reached the model.
+parameter.  They can be repeated to the last bit; so when another value leaves the result as it is,
+that value has not reached the model.
 """
 
 from __future__ import annotations

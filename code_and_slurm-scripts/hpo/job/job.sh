@@ -24,9 +24,7 @@ check_settings() {
     fi
     export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}" # a task per GPU; each starts so many workers
     export CONTAINER PY_SCRIPT STUDY_DB STUDY_NAME TOTAL_TRIALS SAMPLER PRUNER
-    "${in_container[@]}" python -c 'import sys, optuna; sys.exit(optuna.__version__[:2] != "5.")' ||
-        die "Optuna 5 is not installed in the image; on the login node, once:
-    apptainer exec --bind /tmpdir,/work $CONTAINER pip install --user optuna==5.0.0"
+    "${in_container[@]}" python -m hpo.packages || exit 2 # the tested Optuna
 }
 
 # What Slurm knows and the container cannot ask: it has no squeue.
@@ -72,9 +70,6 @@ check_nodes() {
 # One process on this node owns study.db; the workers reach it over the network.
 serve_study() {
     echo "Locks do not hold between the nodes: one process on $(hostname) serves the study."
-    "${in_container[@]}" python -c 'import grpc, google.protobuf' 2>/dev/null ||
-        die "that needs two more packages in the image; on the login node, once:
-    apptainer exec --bind /tmpdir,/work $CONTAINER pip install --user grpcio protobuf"
     "${in_container[@]}" python -m hpo.study.server \
         $((tasks * WORKERS_PER_GPU)) >>"$logs/$SLURM_JOB_ID.server.out" 2>&1 &
     server=$!
@@ -123,8 +118,9 @@ print_report() {
         return
     fi
     echo "${after[1]} trials are left; this job finished $((after[0] - before[0])). To go on:"
-    echo "    cd $scripts && TOTAL_TRIALS=$TOTAL_TRIALS STUDY_NAME=$STUDY_NAME \\"
-    echo "        STUDY_DB=$STUDY_DB PY_SCRIPT=$PY_SCRIPT sbatch ${batch_script##*/}"
+    local settings
+    settings=$("${in_container[@]}" python -m hpo.settings given)
+    echo "    cd $scripts && $settings sbatch ${batch_script##*/}"
     if ((CHAIN_JOBS > 0 && status == 0 && after[0] > before[0])); then
         # All settings of this job are exported, and so are its successor's.
         env -u SLURM_JOB_END_TIME CHAIN_JOBS=$((CHAIN_JOBS - 1)) sbatch --time="$time_limit" \

@@ -294,6 +294,6 @@ class HeldTrials:
         """Replace what was read of the trials that are held here by what they are now."""
         for trial_id, held in self._held.items():
             i = bisect_left(trials, trial_id, key=BY_ID)
-            if i < len(trials) and id_of(trials[i]) == trial_id:
-                if trials[i].state == TrialState.RUNNING:
-                    trials[i] = held.trial
+            here = trials[i] if i < len(trials) else None
+            if here and (id_of(here), here.state) == (trial_id, TrialState.RUNNING):
+                trials[i] = held.trial

@@ -1,7 +1,7 @@
 """The study's file: one SQLite connection, short transactions, backups, and clear errors.
 
-Everything here is about the file; what is in it is held.py's and studies.py's business. The rules, and
-the failure that each of them prevents:
+Everything here is about the file; what is in it is held.py's and studies.py's business. The
+rules, and the failure that each of them prevents:
 
 * Rollback journal, never WAL: WAL needs memory shared by all hosts, which no file system gives.
   It stays as study.db-journal, its header empty (PERSIST): to create and delete it for each

@@ -1,4 +1,4 @@
-"""The studies of one file: made, deleted, read, as plain SQL; their trials are held.py's business."""
+"""The studies of one file: made, deleted, read, as plain SQL; their trials are in held.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trials of a study add up to: how many, until when, which are best, and why some failed."""
+"""What the trials of a study add up to: how many, until when, which are best, why some failed."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ FIRST_SECONDS = 180.0  # until a trial must have reported, or ended
 FEW = 1000  # TRAIN_IMAGES of a short trial: images, or whatever the script counts
 LEAST = 128  # the least that it may be
 EPOCH_SECONDS = 2.0  # that an epoch may take with FEW
+START_SECONDS = 15.0  # of the processes of a trial on several GPUs, which begin anew each time
 EPOCHS = 4  # at least, if the trial has them: 1, and 3 after the interruption
 LONGER_SECONDS = 10.0  # for the same with more epochs
 REFUSALS = 20  # of an objective, until it is no longer tried with other values
@@ -48,6 +49,7 @@ class Bench:
         """
         self.objective, self.me, self.images = objective, me, settings.train_images
         self.begun = time.monotonic()
+        self.several = settings.gpus_per_trial > 1
         self.few = min(FEW, self.images)
         self.images_matter = True
         self.study = create_or_open_study(settings)
@@ -128,7 +130,8 @@ class Bench:
         check_choices(self.first.distributions)
         if self._failed(self.first):
             return
-        if self.first.epoch > EPOCH_SECONDS:
+        start = START_SECONDS if self.several else 0.0
+        if self.first.epoch > EPOCH_SECONDS + start:
             self._take_fewer_images()
         progress("a trial that runs to its end")
         self.whole = self.run(self.values or self.first.params, self._go_on, FIRST_SECONDS * 4)
@@ -208,7 +211,7 @@ class Bench:
         whole = self.whole
         if not whole.ended or not whole.reports:
             return None
-        for name in sorted(self._like_epochs(), key=lambda name: "epoch" not in name):
+        for name in sorted(self.like_epochs(), key=lambda name: "epoch" not in name):
             for more in self._affordable(name):
                 values = self.changed(self.values, name, more)
                 if values is None:
@@ -222,9 +225,9 @@ class Bench:
                 break
         return None
 
-    def _like_epochs(self) -> list[str]:
+    def like_epochs(self) -> list[str]:
         """Return the parameters whose value is the number of reports, and could be more."""
-        number = len(self.whole.reports)
+        number = len(self.whole.reports) if self.whole.ended else 0
         params = self.whole.params
         return [n for n, value in params.items() if type(value) is int and value == number]
 
@@ -242,7 +245,7 @@ class Bench:
         """Whether no trial has more epochs than `whole`, which has run to its end."""
         if not self.whole.ended:
             return False
-        names = [self.epochs_name] if self.epochs_name else self._like_epochs()
+        names = [self.epochs_name] if self.epochs_name else self.like_epochs()
         return not any(value_of(self.space[name], 1.0) > len(self.whole.reports) for name in names)
 
 

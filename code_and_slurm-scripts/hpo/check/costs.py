@@ -86,7 +86,8 @@ def _trial(bench: Bench, outcome: Outcome, seconds: float) -> str:
         epochs = len(bench.whole.reports)
     if not isinstance(epochs, int):
         return f"{duration(seconds)} per epoch"
-    return f"{duration(epochs * seconds)} per trial of {epochs} epochs"
+    start = max(0.0, outcome.first_report - outcome.epoch)
+    return f"{duration(start + epochs * seconds)} per trial of {epochs} epochs"
 
 
 def _on(images: int) -> str:

@@ -67,6 +67,10 @@ class Parameters:
         if not others:
             self.verdicts[name] = "-", f"has one value only: {shown(bench.values[name])}"
             return
+        if name in bench.like_epochs() and bench.left() < bench.cost * (len(bench.space) + 6):
+            number = f"the trial had as many epochs as it says, {shown(bench.values[name])}"
+            self.verdicts[name] = "look", f"{number}; another number takes too long: not tried"
+            return
         self.compare(name, bench.values, bench.whole, others)
 
     def combination_with(self, name: str) -> dict[str, Any] | None:

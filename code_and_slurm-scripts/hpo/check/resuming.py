@@ -6,9 +6,11 @@ from optuna.trial import TrialState
 
 from hpo.check import live
 from hpo.check.bench import Bench
-from hpo.check.short_trial import Do, Outcome, Reports, ShortTrial
+from hpo.check.picking import value_of
+from hpo.check.short_trial import Do, Outcome, Reports, ShortTrial, after
 from hpo.check.table import progress
 
+QUICK = 10.0  # seconds for another trial with an interruption
 NEARLY = 1e-6  # relative difference of results that rounding explains
 
 MOST_NAMES = 4  # of variables that may have been lost
@@ -51,7 +53,16 @@ def resumed(bench: Bench) -> Row:
         trial = bench.trial(bench.values)
         first = trial.run(lambda reports: Do.STOP if len(reports) > 1 else Do.GO_ON)
         rest = _go_on(trial, first, whole)
-    return _judged(bench, whole, first, rest)
+    row = _judged(bench, whole, first, rest)
+    last = len(whole.reports) - 1
+    quick = whole.epoch * last + whole.first_report < min(QUICK, bench.left() / 4)
+    if row[0] == "MEND" or last < 2 or not quick:
+        return row
+    # Once more before its last epoch: what acts later is lost later.
+    trial = bench.trial(whole.params)
+    first = trial.run(after(last, Do.STOP))
+    later = _judged(bench, whole, first, _go_on(trial, first, whole))
+    return row if later[0] == "ok" else later
 
 
 def _go_on(trial: ShortTrial, first: Outcome, whole: Outcome) -> Outcome:
@@ -103,17 +114,15 @@ def _has_all_epochs(bench: Bench, whole: Outcome) -> bool:
     """Whether no trial has more epochs than this one."""
     if not bench.epochs_name:
         return bench.longest
-    from hpo.check.picking import value_of
-
     return bool(value_of(bench.space[bench.epochs_name], 1.0) <= len(whole.reports))
 
 
 def _lost(whole: Outcome, first: Outcome, rest: Outcome) -> dict[str, bool]:
-    if len(whole.seen) < 2 or len(first.reports) != 1 or not first.seen or not rest.seen:
+    done = len(first.reports)
+    if min(len(whole.seen), len(first.seen) + 1) <= done or not rest.seen:
         return {}
-    found = live.lost(
-        whole.seen[0], whole.seen[1], first.seen[0], rest.seen[0], first.kept | rest.kept
-    )
+    before, at = whole.seen[done - 1], whole.seen[done]
+    found = live.lost(before, at, first.seen[done - 1], rest.seen[0], first.kept | rest.kept)
     # After another epoch much is different that only follows from what was lost.
     objects = {name: True for name, is_object in found.items() if is_object}
     reported = {value for _, value in rest.reports[:1]}

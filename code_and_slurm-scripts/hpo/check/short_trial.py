@@ -37,7 +37,7 @@ from hpo.study.opening import create_or_open_study
 from hpo.trial import Objective, let_several_objectives_report, run_trial
 
 Reports: TypeAlias = "list[tuple[int, float]]"  # step, value
-SNAPSHOTS = 2  # of the first reports of a run
+LOOKING = 3.0  # seconds that the snapshots of a run may take; the first two are always made
 PATIENCE = 20, 5.0  # reports, seconds: until a script that is to end is no longer waited for
 
 
@@ -76,7 +76,7 @@ class Outcome:
     seconds: float = 0.0
     saves: list[list[float]] = field(default_factory=list)  # sums of the weights
     kept: set[int] = field(default_factory=set)  # what was given to checkpoint.save
-    seen: list[dict[str, live.Seen]] = field(default_factory=list)  # at the first reports
+    seen: list[dict[str, live.Seen]] = field(default_factory=list)  # at each of the first reports
     distributions: dict[str, BaseDistribution] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # what train_model was given
@@ -212,17 +212,20 @@ def _watch_reports(trial: optuna.Trial, outcome: Outcome, pruner: _Pruner, begin
     before = {id(value) for value in live.alive()}
     wanted: list[float] = []  # when it should have ended
     looking = 0.0  # seconds that the check itself has taken
+    skipped = False
 
     def watched(value: float, step: int) -> None:
-        nonlocal looking
+        nonlocal looking, skipped
         if outcome.late or pruner.over or (wanted and _waited(wanted)):
             raise Drained  # it does not ask, or it does not listen: nothing else ends it
         report(value, step)
         outcome.reports.append((int(step), float(value)))
         now = time.monotonic()
         outcome.times.append(now - begin - looking)
-        if len(outcome.seen) < SNAPSHOTS:
+        if len(outcome.seen) < 2 or (looking < LOOKING and not skipped):
             outcome.seen.append(live.snapshot(sys._getframe(1), before))
+        else:
+            skipped = True  # of those there are, none may be missing in between
         looking += time.monotonic() - now
         what = pruner.answer(outcome.reports)
         if what != Do.GO_ON:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,11 +115,17 @@ def test_options_and_fixed_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.fixed == {"batch_size": 64, "layers": (8, 8), "name": "adam", "lr": 1e-3}
 
 
-def test_table_names_every_setting_and_what_was_given(run: Run) -> None:
-    table = run("hpo/settings.py", FIX="a=1").stdout
+def print_table(*words: str, **env: str) -> str:
+    """Return what python -m hpo.settings prints."""
+    command = [sys.executable, "-m", "hpo.settings", *words]
+    return subprocess.check_output(command, cwd=SCRIPTS, env={**os.environ, **env}, text=True)
+
+
+def test_table_names_every_setting_and_what_was_given() -> None:
+    table = print_table(FIX="a=1")
     assert [line.split()[0] for line in table.splitlines()] == [v.name for v in VARIABLES]
     assert "FIX              a=1 " in table
-    given = run("hpo/settings.py", "given", FIX="a=1", SCRIPT_ARGS="--data 'my data'").stdout
+    given = print_table("given", FIX="a=1", SCRIPT_ARGS="--data 'my data'")
     assert "FIX=a=1" in given
     assert """SCRIPT_ARGS='--data '"'"'my data'"'"''""" in given
     assert "SAMPLER" not in given

@@ -15,6 +15,8 @@ SETTINGS = (
     *("SEED", "TRAIN_IMAGES", "WORKER_RANK", "SLURM_PROCID", "SLURM_JOB_ID", "CONTAINER"),
     *("WORKERS_PER_GPU", "DRAIN_FILE", "GPUS_PER_TRIAL", "DATA", "SMALL"),
     *("KEEP_BEST", "OBJECTIVES", "LEASE_GRACE", "SLURM_JOB_END_TIME", "ALIVE_JOBS"),
+    *("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_MPS_PIPE_DIRECTORY"),
+    "NO_CUDA_GRAPHS",
 )
 # The smallest net of the search space, for tests that train: 0.2 s an epoch on 1 000 images.
 SMALL = {

@@ -26,7 +26,7 @@ shift 5
 exec "$@"
 """
 SRUN = """#!/bin/bash
-# Stands for srun: one process per task, each with its rank, its GPU and its log.
+# Stands for srun: one process per task, each with its rank and its log, and without a GPU.
 echo "srun $*" >>"$RECORD"
 while [[ $1 == --* ]]; do
     [[ $1 == --ntasks=* ]] && tasks=${1#*=}
@@ -36,7 +36,7 @@ done
 for ((rank = 0; rank < tasks; rank++)); do
     log=${output//%j/$SLURM_JOB_ID}
     log=${log//%t/$rank}
-    SLURM_PROCID=$rank CUDA_VISIBLE_DEVICES=$rank "$@" >>"${log:-$RECORD.out}" 2>&1 &
+    SLURM_PROCID=$rank CUDA_VISIBLE_DEVICES=-1 "$@" >>"${log:-$RECORD.out}" 2>&1 &
     pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid" || status=$?; done

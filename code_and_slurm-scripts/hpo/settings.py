@@ -23,7 +23,8 @@ run-optuna-multinode_Turpan.sh and of README.txt:
 The launch scripts set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix seconds),
 DRAIN_FILE (hpo/drain.py) and ALIVE_JOBS (the user's jobs in Slurm's queue).
 
-This module imports nothing but the standard library, so that it starts at once on a login node.
+This module and hpo/gpu.py import nothing but the standard library, so that they start at once on a
+login node.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
+
+from hpo import gpu
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # code_and_slurm-scripts/
 SQLITE_PREFIX = "sqlite:///"
@@ -155,6 +158,11 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         status = 2
+    if status in (gpu.BROKEN, gpu.NO_CAPTURE):
+        # What PyTorch clears up at the end fails, too, and may abort: another status.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

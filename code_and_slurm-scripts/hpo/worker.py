@@ -10,7 +10,9 @@ How a worker ends, and with which exit status:
        SIGTERM, Ctrl-C                     give it back at once (the running epoch is lost)
     1  three trials in a row failed and none has succeeded: the objective itself is broken;
        or study.db cannot be written (disk full, …): the trial goes back to the queue
+       or a GPU was promised and there is none
     2  a setting is wrong (hpo/settings.py)
+    70, 71  (hpo/gpu.py) CUDA has failed for good: hpo/keep_running.sh starts a new process
 
 One bad trial (out of memory, a loss that is no number, an exception) is recorded as FAIL with the
 reason in its user attribute `fail_reason`, and the worker goes on.
@@ -36,7 +38,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from hpo import checkpoint
+from hpo import checkpoint, gpu
 from hpo.drain import Drain, Drained, DrainingPruner
 from hpo.objectives import as_claimed, check_needs, check_objectives
 from hpo.samplers import check_packages, make_pruner, make_sampler, sampler_seed
@@ -79,6 +81,7 @@ def run_worker(objective: Objective) -> int:
     study = create_or_open_study(settings)
     settings = _prepare(study, settings, adopt_space(study, settings, objective.__globals__))
     study.pruner = DrainingPruner(study.pruner, drain)
+    gpu.check(start=settings.gpus_per_trial == 1)
     try:
         with Upkeep(study, settings) as upkeep:
             return _run_trials(study, settings, objective, drain, upkeep)
@@ -110,7 +113,7 @@ def _run_trials(
     study: optuna.Study, settings: Settings, objective: Objective, drain: Drain, upkeep: Upkeep
 ) -> int:
     failures, successes = 0, 0
-    while (trial := claim(study, settings.total_trials, drain)) is not None:
+    while not gpu.ending and (trial := claim(study, settings.total_trials, drain)) is not None:
         upkeep.trial_id = trial._trial_id
         state = run_trial(study, trial, objective, drain)
         upkeep.trial_id = None
@@ -119,6 +122,9 @@ def _run_trials(
         if failures >= FAILURES_IN_A_ROW and not successes:
             log.error("%d trials in a row failed, none succeeded: stopping", failures)
             return 1
+    if gpu.ending:
+        log.error("%s", gpu.ending)
+        return gpu.ending.status
     if not drain.is_due():
         log.info("the study has its %d trials", settings.total_trials)
     else:
@@ -200,7 +206,7 @@ def _call(
         return TrialState.COMPLETE, values if len(values) > 1 else float(values[0]), ""
     except optuna.TrialPruned:
         return TrialState.PRUNED, None, ""
-    except (Drained, UpdateFinishedTrialError):  # the latter says LeaseLost, too
+    except (Drained, gpu.Unusable, UpdateFinishedTrialError):  # the last says LeaseLost, too
         return TrialState.WAITING, None, ""
     except StudyFileError:
         raise
@@ -211,6 +217,8 @@ def _call(
         if drain.at_once:  # scancel also takes the container's image away: not the trial's fault
             return TrialState.WAITING, None, ""
         log.exception("trial %d failed", trial.number)
+        if not gpu.healthy() and not gpu.is_to_blame(trial):
+            return TrialState.WAITING, None, ""
         return TrialState.FAIL, None, _reason(error)
 
 
@@ -246,8 +254,8 @@ def _reason(error: Exception) -> str:
 def _free_memory() -> None:
     """Give the GPU back what the trial has used, before the next trial starts."""
     gc.collect()
-    if "torch" in sys.modules and (cuda := sys.modules["torch"].cuda).is_available():
-        cuda.empty_cache()
+    gpu.healthy()
+    gpu.check()
     _spare_imports()
 
 

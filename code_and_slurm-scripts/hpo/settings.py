@@ -158,6 +158,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         status = 2
+    except gpu.Unusable as unusable:
+        print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
+        status = unusable.status
     if status in (gpu.BROKEN, gpu.NO_CAPTURE):
         # What PyTorch clears up at the end fails, too, and may abort: another status.
         sys.stdout.flush()

@@ -83,7 +83,7 @@ class FakeGraph:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeGraph]]:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     """Replace what a recording needs of torch.cuda; give the graphs that are made."""
     made: list[FakeGraph] = []
 
@@ -97,10 +97,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeGraph]]:
         yield
         graph.end()
 
-    capture.side_stream.cache_clear()
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(capture, "side_stream", lambda: stream)
     for name, value in {
-        "Stream": lambda: stream,
         "current_stream": lambda: stream,
         "set_stream": lambda stream: None,
         "stream": lambda stream: contextlib.nullcontext(),
@@ -111,8 +110,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeGraph]]:
     monkeypatch.setattr(capture, "still_works", lambda device: True)
     monkeypatch.setattr(gpu, "ending", None)
     monkeypatch.setenv(gpu.NO_CUDA_GRAPHS, "")  # give it back what it was
-    yield made
-    capture.side_stream.cache_clear()
+    return made
 
 
 def recorded(loop: Loop) -> Loop:

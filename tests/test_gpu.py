@@ -185,3 +185,44 @@ def test_lost_gpu_is_no_cpu(run: Run) -> None:
     result = run("optuna_mnist.py", TOTAL_TRIALS="1", CUDA_VISIBLE_DEVICES="-1", PRUNER="none")
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("device: the CPU") == 1
+
+
+# ---------- On a machine without Slurm ----------
+
+LISTED = """GPU 0: NVIDIA A100 (UUID: GPU-aa)
+GPU 1: NVIDIA A100 (UUID: GPU-bb)
+  MIG 3g.40gb     Device  0: (UUID: MIG-11)
+  MIG 3g.40gb     Device  1: (UUID: MIG-22)
+"""
+
+
+@pytest.mark.parametrize(
+    ("preset", "status", "expected"),
+    [
+        (None, 0, ["GPU-aa", "MIG-11", "MIG-22"]),
+        (None, 9, []),
+        ("2,3", 0, ["2", "3"]),
+        ("GPU-bb, MIG-11", 9, ["GPU-bb", "MIG-11"]),
+        ("1,-1,0", 0, ["1"]),
+        ("", 0, []),
+        ("-1", 0, []),
+    ],
+)
+def test_gpus_that_a_study_on_this_machine_may_use(
+    preset: str | None,
+    status: int,
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    says = "No driver" if status else LISTED
+    tool.write_text(f"#!/bin/bash\ncat <<'END'\n{says}\nEND\nexit {status}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if preset is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", preset)
+    assert gpu.usable() == expected
+    said = "nvidia-smi fails, so no GPU is used: No driver\n"
+    assert capsys.readouterr().err == (said if preset is None and status else "")

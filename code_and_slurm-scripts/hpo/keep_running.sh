@@ -22,11 +22,11 @@ trap 'forward TERM' TERM INT
 script=$1
 shift
 deaths=0
-while ((!stopping)); do
+while ((! stopping)); do
     began=$SECONDS
     "$@" "$script" &
     worker=$!
-    ((!stopping)) || kill -TERM "$worker" # the signal came a moment before there was one
+    ((! stopping)) || kill -TERM "$worker" # the signal came a moment before there was one
     wait "$worker"
     status=$?
     while kill -0 "$worker" 2>/dev/null; do # a signal has interrupted the wait: it still runs

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from optuna.trial import TrialState
 import optuna_t5
 from common import SCRIPTS, TINY_T5, Run
 from hpo import checkpoint, ddp
+from hpo.drain import Drained
 from hpo.settings import Settings, UserError
 from hpo.storage import create_or_open_study
 
@@ -92,6 +94,28 @@ def test_what_happens_to_one_process_ends_the_trial(
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: how == "prune")
     with pytest.raises(error, match=says):
         ddp.together(failing, {"how": how}, study.ask())
+    assert children() == set()
+
+
+def test_sigterm_while_a_process_starts_leaves_none_behind(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = SpawnProcess.start
+
+    def start(self: SpawnProcess) -> None:
+        original(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop(*_: object) -> None:
+        raise Drained
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Drained):
+            ddp.together(failing, {"how": "return"}, study.ask())
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert children() == set()
 
 

@@ -97,7 +97,7 @@ def together(train_model: TrainModel, config: dict[str, Any], trial: optuna.Tria
         try:
             for each in range(number):
                 arguments = (train_model, config, trial.number, f"{folder}/meeting", each, number)
-                started.append(_start(arguments))
+                _start(arguments, started)
             return _serve(trial, started)
         finally:
             for process, _ in started:
@@ -105,8 +105,8 @@ def together(train_model: TrainModel, config: dict[str, Any], trial: optuna.Tria
                 process.join()
 
 
-def _start(arguments: tuple[Any, ...]) -> tuple[SpawnProcess, Connection]:
-    """Start one process, deaf to the signals that are meant for the worker."""
+def _start(arguments: tuple[Any, ...], started: list[tuple[SpawnProcess, Connection]]) -> None:
+    """Start one process, deaf to the signals that are meant for the worker; add it to `started`."""
     mine, its = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_run, args=(*arguments, its))
     resource_tracker.ensure_running()  # otherwise `start` does, and unblocks the signals
@@ -114,10 +114,10 @@ def _start(arguments: tuple[Any, ...]) -> tuple[SpawnProcess, Connection]:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         process.start()
+        its.close()  # so that the pipe ends with the process
+        started.append((process, mine))  # before a signal can raise: whoever is started is ended
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    its.close()  # so that the pipe ends with the process
-    return process, mine
 
 
 def _serve(trial: optuna.Trial, started: list[tuple[SpawnProcess, Connection]]) -> float:

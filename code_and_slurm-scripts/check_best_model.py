@@ -27,25 +27,29 @@ Without torch (a login node, a laptop) everything is shown but the test score.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from hpo.checkpoint import best_trials, weights_path
-from hpo.export import (
+from hpo import packages
+from hpo.checkpoint import weights_path
+from hpo.settings import Settings, UserError, run_script
+from hpo.show.export import (
     chosen_trial,
+    configuration,
     export,
     load_script,
     load_weights,
     mean_and_deviation,
     retrain,
+    scores,
 )
-from hpo.progress import counts, fail_reasons, follow, total_of
-from hpo.report import objective_names, write_report
-from hpo.settings import Settings, UserError, run_script
-from hpo.storage import open_study
+from hpo.show.progress import follow
+from hpo.show.report import objective_names, write_report
+from hpo.study.opening import open_study
+from hpo.study.trials import best_trials, count, fail_reasons, without_best
+from hpo.words import parameters, shown
 
 TOP = 5
 
@@ -101,68 +105,53 @@ def seeds(text: str) -> int:
 def print_state(study: optuna.Study, settings: Settings) -> None:
     """Print how far the study is, what failed, the best trials, and their score."""
     print(f"study {study.study_name} in {settings.study_db}")
-    trials = study.get_trials(deepcopy=False)
-    print(counts(trials, total_of(study, settings)))
-    for reason, number in fail_reasons(trials):
+    print(count(study, settings))
+    for reason, number in fail_reasons(study.get_trials(deepcopy=False)):
         print(f"  {number} × {reason}")
-    if not any(trial.state == TrialState.COMPLETE for trial in trials):
-        print("no trial has finished yet")
+    best = best_trials(study)
+    if not best:
+        print(without_best(study))
     elif len(study.directions) > 1:
-        print_front(study)
+        print_front(study, best)
     else:
         print("top five")
-        for trial in best_trials(study, TOP):
-            print(f"  trial {trial.number:<5} {trial.values[0]:.4f}   {parameters(trial)}")
-        print_best(study)
-        print_test_scores(study, settings)
+        for trial in best[:TOP]:
+            print(
+                f"  trial {trial.number:<5} {shown(trial.values[0])}   {parameters(trial.params)}"
+            )
+        print(f"best_value  {shown(best[0].values[0])} (trial {best[0].number})")
+        print("best_params")
+        for name, value in best[0].params.items():
+            print(f"  {name:15} {shown(value)}")
+        print_test_scores(study, settings, best[0])
 
 
-def parameters(trial: FrozenTrial) -> str:
-    """Return a trial's parameters on one line."""
-    return " ".join(f"{name}={shown(value)}" for name, value in trial.params.items())
-
-
-def shown(value: object) -> str:
-    """Return a parameter's value as a person reads it."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def print_front(study: optuna.Study) -> None:
+def print_front(study: optuna.Study, front: list[FrozenTrial]) -> None:
     """Print the trials that no other trial beats in all objectives, best of the first on top."""
     names = objective_names(study)
-    front = sorted(study.best_trials, key=lambda trial: trial.values)
     print(f"Pareto front of {', '.join(names)}: {len(front)} trials")
     for trial in front:
-        values = "  ".join(f"{v:<10.6g}" for v in trial.values)
-        print(f"  trial {trial.number:<5} {values}  {parameters(trial)}")
+        numbers = "  ".join(f"{shown(value):<10}" for value in trial.values)
+        print(f"  trial {trial.number:<5} {numbers}  {parameters(trial.params)}")
     print("one of them: --export DIR --trial N, --retrain K --trial N")
 
 
-def print_best(study: optuna.Study) -> None:
-    """Print the guide's `best_value` and `best_params`."""
-    print(f"best_value  {study.best_value:.4f} (trial {study.best_trial.number})")
-    print("best_params")
-    for name, value in study.best_params.items():
-        print(f"  {name:15} {shown(value)}")
-
-
-def print_test_scores(study: optuna.Study, settings: Settings) -> None:
+def print_test_scores(study: optuna.Study, settings: Settings, trial: FrozenTrial) -> None:
     """Score the best weights with the `test_model` function of the study's own script."""
-    trial = study.best_trial
     path = weights_path(settings, trial.number)
-    if path.exists() and not importlib.util.find_spec("torch"):
-        print(f"test score: needs torch, which this Python has not; weights: {path}")
-        return
     try:
         if not path.exists():
             raise UserError(f"the weights of the best trial are not here ({path})")
+        packages.need("it", "torch")
         script = load_script(study, settings)
+        script.need("test_model", "it")
         weights = load_weights(settings, trial.number)
+        found = scores(script, configuration(script, trial), weights)
     except UserError as error:  # everything else has been shown
         print(f"test score: {error}")
         return
-    for name, score in script.test_model(script.search_space(trial), weights).items():
-        print(f"{name:15} {score:.4f}")
+    for name, score in found.items():
+        print(f"{name:15} {shown(score)}")
     print(f"weights         {path}")
 
 

@@ -7,7 +7,7 @@
 The tasks meet in a folder beside study.db, and task 0 prints one table (✓ fine, – a remark, ✗ to be
 mended, with what to do about it).  Exit status of task 0: 0 all is well; 1 something must be
 mended; 3 all is well but for the locks between the nodes, and the batch script then has one
-process serve the study (hpo/served_storage.py).  Of the other tasks: 0.
+process serve the study (hpo/study/server.py).  Of the other tasks: 0.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpo import gpu, mnist
+from hpo import gpu, script
+from hpo.files import whole
+from hpo.packages import installed, pip_command, version_of
 from hpo.settings import SCRIPTS, Settings, UserError, run_script
 
 PATIENCE = 60.0  # seconds that a task waits for the others
 INCREMENTS = 25  # of the counter, by each task
 FREE_BYTES = 2 * 1024**3  # for study.db and checkpoints
-OPTUNA = "5.0.0"  # as in pyproject.toml
 OK, REMARK, BAD = "✓", "–", "✗"
 
 Facts = dict[str, Any]
@@ -53,10 +53,8 @@ class Meeting:
 
     def say(self, topic: str, content: Facts) -> None:
         """Tell the others something, whole or not at all."""
-        path = self.folder / f"{topic}.{self.rank}"
-        temporary = path.with_suffix(".tmp" + path.suffix)
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, path)
+        with whole(self.folder / f"{topic}.{self.rank}") as temporary:
+            temporary.write_text(json.dumps(content))
 
     def hear(self, topic: str) -> dict[int, Facts]:
         """Wait for every task and return what each said, by rank; without those that are mute."""
@@ -75,7 +73,7 @@ def main() -> int:
     """Run all checks; return the exit status."""
     settings = Settings.from_env()
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    beside = settings.sqlite_path.parent if settings.sqlite_path else SCRIPTS
+    beside = settings.beside
     meeting = Meeting(beside / f".check_cluster-{settings.job_id or 'local'}", settings.rank, tasks)
     meeting.say("facts", own_facts(settings, beside))
     facts = meeting.hear("facts")
@@ -84,7 +82,7 @@ def main() -> int:
         rows += [locks(meeting, facts), counter(meeting)]
     rows += [
         gpus(facts, settings.gpus_per_trial),
-        packages(facts),
+        versions(facts),
         data(facts),
         disk(facts),
         time_left(settings),
@@ -107,21 +105,19 @@ def own_facts(settings: Settings, beside: Path) -> Facts:
     facts["packages"] = {name: installed(name) for name in ("optuna", "torch", "torchvision")}
     facts |= gpu_facts()
     facts["free"] = shutil.disk_usage(beside).free
-    facts["data"] = ""
-    if settings.py_script == "optuna_mnist.py":
-        try:
-            mnist.prepare()
-        except UserError as error:
-            facts["data"] = str(error)
+    facts["data"] = data_problem(settings.py_script)
     return facts
 
 
-def installed(package: str) -> str:
-    """Return the version of an installed package, or ''."""
+def data_problem(py_script: str) -> str | None:
+    """Return what the script's prepare() finds wrong with its data; None if it has none."""
+    if not script.defines(py_script, "prepare"):
+        return None
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
+        script.load(py_script).need("prepare", "the preflight")()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def gpu_facts() -> Facts:
@@ -273,24 +269,26 @@ def sharing(facts: dict[int, Facts]) -> list[int]:
     return sorted({rank for ranks in owners.values() if len(ranks) > 1 for rank in ranks})
 
 
-def packages(facts: dict[int, Facts]) -> Row:
-    """Whether all tasks have the same versions, and the Optuna of pyproject.toml."""
+def versions(facts: dict[int, Facts]) -> Row:
+    """Whether all tasks have the same versions, and the tested Optuna."""
     first = facts[min(facts)]["packages"]
     text = ", ".join(f"{name} {number or 'missing'}" for name, number in first.items())
+    tested = version_of("optuna")
     if any(each["packages"] != first for each in facts.values()):
         return Row(BAD, "packages", "differ between the hosts", "use one image and one HOME")
-    if first["optuna"].split(".")[0] != OPTUNA.split(".")[0] or not first["torch"]:
-        return Row(BAD, "packages", text, f"pip install --user optuna=={OPTUNA} in the container")
-    mark = OK if first["optuna"] == OPTUNA else REMARK
-    return Row(mark, "packages", text + ("" if mark == OK else f" (tested: {OPTUNA})"))
+    if first["optuna"] != tested:
+        return Row(BAD, "packages", f"{text} (tested: {tested})", pip_command("optuna"))
+    return Row(OK, "packages", text)
 
 
 def data(facts: dict[int, Facts]) -> Row:
-    """Whether the data is there and whole."""
-    problems = {each["data"] for each in facts.values()} - {""}
-    if problems:
-        return Row(BAD, "data", "MNIST cannot be read", " / ".join(sorted(problems)))
-    return Row(OK, "data", "present and whole")
+    """Whether the data is there and whole, as far as the script's prepare() says so."""
+    found = {each["data"] for each in facts.values()}
+    if None in found:
+        return Row(REMARK, "data", "the script has no prepare(), which would check it")
+    if problems := found - {""}:
+        return Row(BAD, "data", "cannot be used", " / ".join(sorted(problems)))
+    return Row(OK, "data", "prepared by the script")
 
 
 def disk(facts: dict[int, Facts]) -> Row:

@@ -3,6 +3,7 @@
 
     python init_optuna_db.py [STUDY_DB] [STUDY_NAME]
     python init_optuna_db.py sqlite:///study.db mnist_hpo
+    python init_optuna_db.py --retry-failed     once the bug is mended: failed trials run again
 
 Both launch scripts call it.  What is not given comes from the environment (hpo/settings.py).
 You should see:
@@ -15,43 +16,61 @@ never changed.  A study with another objective or direction is refused (exit sta
 
 from __future__ import annotations
 
-import sys
+import argparse
 
-from hpo import mnist, pairs
-from hpo.objectives import check_needs, check_objectives
-from hpo.progress import total_of
-from hpo.samplers import check_packages
-from hpo.served_storage import forget_dead_server
-from hpo.settings import Settings, UserError, run_script
-from hpo.sqlite_storage import SQLiteStorage
-from hpo.storage import create_or_open_study
+from hpo import packages, script
+from hpo.search.objectives import check_objectives
+from hpo.search.samplers import check_packages
+from hpo.settings import Settings, run_script
+from hpo.study.opening import create_or_open_study
+from hpo.study.optuna_private import storage_of, study_id
+from hpo.study.served import forget_dead_server
+from hpo.study.storage import SQLiteStorage
+from hpo.study.trials import count
 
 
 def main() -> int:
     """Create the study of the command line or the environment; return the exit status."""
-    arguments = sys.argv[1:]
-    if len(arguments) > 2:
-        raise UserError("too many arguments; usage: init_optuna_db.py [STUDY_DB] [STUDY_NAME]")
-    settings = Settings.from_env(**dict(zip(("STUDY_DB", "STUDY_NAME"), arguments, strict=False)))
+    options = arguments()
+    given = {"STUDY_DB": options.study_db, "STUDY_NAME": options.study_name}
+    settings = Settings.from_env(**{name: value for name, value in given.items() if value})
+    packages.check_optuna()
+    script.check(settings.py_script)
     check_objectives(settings)
-    check_needs(settings.py_script)
+    script.check_needs(settings.py_script)
     check_packages(settings)
-    if settings.py_script == "optuna_mnist.py":  # a script of your own prepares its own data
-        mnist.prepare()
-    if settings.py_script == "optuna_t5.py" or settings.data:
-        pairs.prepare(settings)
+    if script.defines(settings.py_script, "prepare"):
+        script.load(settings.py_script).need("prepare", "init_optuna_db.py")()
     forget_dead_server(settings)
     study = create_or_open_study(settings)
-    if isinstance(study._storage, SQLiteStorage):
+    storage = storage_of(study)
+    if isinstance(storage, SQLiteStorage):
         # Jobs that have left Slurm's queue hold nothing any more; other workers have a grace.
-        alive = settings.alive_jobs
-        for number in study._storage.return_stale_trials(study._study_id, alive_jobs=alive):
+        for number in storage.return_stale_trials(study_id(study), alive_jobs=settings.alive_jobs):
             print(f"trial {number} of a job that has ended goes back to the queue")
+        if options.retry_failed:
+            numbers = storage.retry_failed(study_id(study))
+            print(f"{len(numbers)} failed trials go back to the queue")
+    counts = count(study, settings)
     print(
         f"study {study.study_name} is ready in {settings.study_db} "
-        f"({len(study.get_trials(deepcopy=False))} of {total_of(study, settings)} trials)"
+        f"({counts.total - counts.left + counts.running + counts.waiting} of {counts.total} trials)"
     )
     return 0
+
+
+def arguments() -> argparse.Namespace:
+    """Return the command line's options; argparse exits with status 2 where one is wrong."""
+    parser = argparse.ArgumentParser(
+        description="Create or open the shared study, and prepare the data.",
+        epilog="What is not given comes from the environment: python -m hpo.settings lists it.",
+    )
+    parser.add_argument("study_db", nargs="?", metavar="STUDY_DB", help="sqlite:///study.db")
+    parser.add_argument("study_name", nargs="?", metavar="STUDY_NAME", help="mnist_hpo")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="put the failed trials back into the queue"
+    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

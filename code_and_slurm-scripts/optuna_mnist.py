@@ -28,12 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpo import checkpoint, mnist
-from hpo.objectives import chosen
-from hpo.samplers import space_form
-from hpo.settings import Settings, run_script
-from hpo.training import Trainer, evaluate, fused_adam, pick_device
-from hpo.worker import run_worker
+from hpo import Settings, checkpoint, chosen, run_script, run_worker, space_form
+from hpo.train import mnist
+from hpo.train.training import Trainer, evaluate, fused_adam, pick_device
 
 # ---------- 1. The search space: EDIT ----------
 
@@ -119,6 +116,11 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 
 
 # ---------- 3. Training one configuration: EDIT ----------
+
+
+def prepare() -> None:
+    """Unpack and check the images: before the first trial, and on every node of a job."""
+    mnist.prepare()
 
 
 def train_model(config: dict[str, Any], trial: optuna.Trial | None = None) -> float:

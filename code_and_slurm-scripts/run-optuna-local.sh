@@ -20,8 +20,8 @@ export SEED="${SEED-6}" # the same first trials on every machine; empty: never t
 # ---------------------------------------
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source code_and_slurm-scripts/hpo/venv.sh
-source code_and_slurm-scripts/hpo/mps.sh
+source code_and_slurm-scripts/hpo/job/venv.sh
+source code_and_slurm-scripts/hpo/job/mps.sh
 make_venv .venv run
 python=$PWD/.venv/bin/python
 logs=$PWD/logs
@@ -81,7 +81,7 @@ for ((rank = 0; rank < workers; rank++)); do
         )
     fi
     WORKER_RANK=$rank CUDA_VISIBLE_DEVICES=$device \
-        bash hpo/keep_running.sh "$PY_SCRIPT" "$python" >>"$logs/local.$rank.out" 2>&1 &
+        bash hpo/job/keep_running.sh "$PY_SCRIPT" "$python" >>"$logs/local.$rank.out" 2>&1 &
     pids+=("$!")
 done
 

@@ -61,13 +61,13 @@ PRUNER="${PRUNER:-median}"
 
 # sbatch runs a copy of this script, so the bundle is where the job was submitted, not at $0.
 scripts=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
-[[ -f $scripts/hpo/job.sh ]] || scripts=$scripts/code_and_slurm-scripts
-if [[ ! -f $scripts/hpo/job.sh ]]; then
+[[ -f $scripts/hpo/job/job.sh ]] || scripts=$scripts/code_and_slurm-scripts
+if [[ ! -f $scripts/hpo/job/job.sh ]]; then
     echo "error: submitted from $SLURM_SUBMIT_DIR, which is not the bundle: cd to it first" >&2
     exit 2
 fi
-# shellcheck source=hpo/job.sh
-source "$scripts/hpo/job.sh" # the phases below
+# shellcheck source=hpo/job/job.sh
+source "$scripts/hpo/job/job.sh" # the phases below
 
 check_settings # fails early, with one sentence
 if [[ ${1:-} == --estimate ]]; then

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from common import SCRIPTS, SETTINGS, Run
+from hpo.settings import forget
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,6 +27,7 @@ def own_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give the test a study.db of its own, whatever the caller's environment; return its path."""
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
+    forget()  # what an earlier test's process has read
     monkeypatch.setenv("STUDY_DB", f"sqlite:///{tmp_path}/study.db")
     monkeypatch.setenv("TRAIN_IMAGES", "1000")
     return tmp_path / "study.db"

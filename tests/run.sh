@@ -10,7 +10,7 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source code_and_slurm-scripts/hpo/venv.sh
+source code_and_slurm-scripts/hpo/job/venv.sh
 
 environment=${1:-new}
 shift || true

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpo import capture, gpu
-from hpo.capture import WARM_UP_STEPS, CapturedStep
+from hpo import gpu
+from hpo.train import capture
+from hpo.train.capture import WARM_UP_STEPS, CapturedStep
 
 STEPS = 10
 

@@ -18,11 +18,15 @@ import torch
 import optuna_mnist
 from common import SCRIPTS, SMALL, Run
 from fake_study import fill
-from hpo import checkpoint, progress
-from hpo.export import mean_and_deviation
+from hpo import checkpoint
 from hpo.settings import Settings
-from hpo.storage import create_or_open_study
-from hpo.training import Trainer
+from hpo.show import progress
+from hpo.show.export import mean_and_deviation
+from hpo.study.opening import create_or_open_study
+from hpo.study.trials import count
+from hpo.train.training import Trainer
+from hpo.trial import tidy
+from hpo.words import shown
 
 CHECK = SCRIPTS / "check_best_model.py"
 
@@ -71,15 +75,16 @@ def test_weights_of_the_best_few_are_kept(
     folder.mkdir(parents=True)
     for value in (0.9, 0.2, 0.8, 0.1):
         number = study.ask().number
-        for name in ("state.pt", "weights.pt", "weights.n1-77.tmp"):
+        for name in ("state.pt", "weights.pt"):
             (folder / f"trial-{number:05d}.{name}").touch()
+            (folder / f".trial-{number:05d}.{name}.{'0' * 32}.tmp").touch()  # half-written
         study.tell(number, value)
     study.ask()  # another worker's
     unfinished = folder / "trial-00004.state.pt"
     notes = folder / "trial-notes.txt"
     unfinished.touch()
     notes.touch()
-    checkpoint.tidy(study)
+    tidy(study)
     kept = {checkpoint.weights_path(Settings.from_env(), number) for number in best}
     assert set(folder.iterdir()) == {*kept, unfinished, notes}
 
@@ -181,14 +186,13 @@ def test_live_view_names_workers_and_time_left(study: optuna.Study) -> None:
     trial = study.ask()
     trial.suggest_float("lr", 1e-4, 5e-3, log=True)
     trial.report(0.25, 1)
-    trials = study.get_trials(deepcopy=False)
-    text = progress.view(study, trials, 48, 0.1)
+    text = progress.view(study, count(study, Settings.from_env(TOTAL_TRIALS="48")), 0.1)
     assert "] 50 %" in text
     assert "6.0 trials per minute" in text
     assert "about 4 min left" in text
-    assert f"best {study.best_value:.4f} (trial {study.best_trial.number})" in text
+    assert f"best {shown(study.best_value)} (trial {study.best_trial.number})" in text
     host = os.uname().nodename
-    assert re.search(rf"  trial 24 +worker 0 on {host} +0:0\d   step 1: 0\.2500", text)
+    assert re.search(rf"  trial 24 +worker 0 on {host} +0:0\d   step 1: 0\.25", text)
     assert "  2 × out of memory (MemoryError)" in text
 
 

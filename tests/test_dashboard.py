@@ -19,9 +19,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from common import BUNDLE, SCRIPTS, Run
+from common import HELPERS, SCRIPTS, Run
 
-OBJECTIVE = BUNDLE / "tests" / "objective_for_tests.py"
+OBJECTIVE = HELPERS / "objective_for_tests.py"
 TRIALS = 50  # of 0.2 s
 
 if not importlib.util.find_spec("optuna_dashboard") and "CI" not in os.environ:

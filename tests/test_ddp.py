@@ -18,10 +18,11 @@ from optuna.trial import TrialState
 
 import optuna_t5
 from common import SCRIPTS, TINY_T5, Run
-from hpo import checkpoint, ddp
+from hpo import checkpoint
 from hpo.drain import Drained
 from hpo.settings import Settings, UserError
-from hpo.storage import create_or_open_study
+from hpo.study.opening import create_or_open_study
+from hpo.train import ddp
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from common import SCRIPTS, Run
 from fake_cuda import FakeCuda, FakeDriver
 from hpo import gpu
 from hpo.settings import Settings
-from hpo.storage import open_study
+from hpo.study.opening import open_study
 
 UUID = "0123abcd-0000-1111-2222-333344445555"
 
@@ -136,7 +136,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def keep_running(script: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a worker as the jobs do, until it is not started again."""
     return subprocess.run(
-        ["bash", str(SCRIPTS / "hpo" / "keep_running.sh"), str(script), sys.executable],
+        ["bash", str(SCRIPTS / "hpo" / "job" / "keep_running.sh"), str(script), sys.executable],
         env={**os.environ, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -13,8 +13,8 @@ import torch
 from torchvision.datasets import MNIST
 
 from common import BUNDLE
-from hpo import mnist
 from hpo.settings import UserError
+from hpo.train import mnist
 
 RAW = BUNDLE / "data" / "MNIST" / "raw"
 CPU = torch.device("cpu")

@@ -19,11 +19,13 @@ from optuna.trial import TrialState
 
 import optuna_mnist
 from common import SCRIPTS, SMALL, Run
-from hpo import checkpoint, mnist, worker
+from hpo import checkpoint, worker
 from hpo.drain import Drain
 from hpo.settings import Settings
-from hpo.storage import create_or_open_study, open_study
-from hpo.training import fused_adam
+from hpo.study.opening import create_or_open_study, open_study
+from hpo.train import mnist
+from hpo.train.training import fused_adam
+from hpo.trial import run_trial, tidy
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_resumed_trial_equals_the_uninterrupted_one(study: optuna.Study) -> None
     whole = optuna_mnist.train_model(config, trial)
     curve = study.get_trials()[0].intermediate_values
     study.tell(trial, whole)
-    checkpoint.tidy(study)
+    tidy(study)
 
     study.enqueue_trial(SMALL)
     other = study.ask()
@@ -185,7 +187,7 @@ def test_no_tensor_of_a_trial_outlives_it(
 
     alive = []
     for _ in range(6):
-        worker.run_trial(study, study.ask(), objective, drain)
+        run_trial(study, study.ask(), objective, drain)
         alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
     assert {trial.state for trial in study.get_trials()} == {TrialState.COMPLETE, TrialState.FAIL}
     assert len(set(alive[1:])) == 1, alive  # the first leaves the images, for all

@@ -18,9 +18,10 @@ from optuna.trial import TrialState
 
 import optuna_t5
 from common import TINY_T5, Run
-from hpo import checkpoint, pairs, seq2seq
+from hpo import checkpoint
 from hpo.settings import SCRIPTS, Settings, UserError
-from hpo.storage import create_or_open_study
+from hpo.study.opening import create_or_open_study
+from hpo.train import pairs, seq2seq
 
 pytestmark = pytest.mark.usefixtures("tiny_pairs")
 
@@ -254,7 +255,7 @@ def test_bad_file_is_one_line_and_makes_no_trial(
         path.write_bytes(content)
     monkeypatch.setenv("DATA", str(path))
     with pytest.raises(UserError) as caught:
-        optuna_t5.main()
+        optuna_t5.prepare()
     assert says in str(caught.value)
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1

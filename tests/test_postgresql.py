@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from common import BUNDLE, SCRIPTS, Run
+from common import HELPERS, SCRIPTS, Run
 from hpo.settings import Settings
-from hpo.storage import open_study
+from hpo.study.opening import open_study
 
-OBJECTIVE = BUNDLE / "tests" / "objective_for_tests.py"
+OBJECTIVE = HELPERS / "objective_for_tests.py"
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # where Debian puts them
 WORKERS = 4
 

@@ -16,10 +16,10 @@ import pytest
 
 from common import Run
 from fake_study import fill
-from hpo.pictures import bars
-from hpo.report import write_report
 from hpo.settings import Settings, UserError
-from hpo.storage import create_or_open_study
+from hpo.show.pictures import bars
+from hpo.show.report import write_report
+from hpo.study.opening import create_or_open_study
 
 ONE = ["history", "importances", "parallel", "slice", "contour", "intermediate", "timeline", "edf"]
 TWO = [

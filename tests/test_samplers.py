@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -17,12 +18,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 import optuna_mnist
 import space_for_tests
-from common import BUNDLE, SCRIPTS, Run
-from hpo import samplers, settings, space
+from common import HELPERS, SCRIPTS, Run
+from hpo import settings
+from hpo.script import Script
+from hpo.search import remembered, samplers, space
+from hpo.search.pruners import make_pruner
 from hpo.settings import Settings, UserError
-from hpo.storage import create_or_open_study, open_study
+from hpo.study.opening import create_or_open_study, open_study
+from hpo.words import shown
 
-SPACE = BUNDLE / "tests" / "space_for_tests.py"
+SPACE = HELPERS / "space_for_tests.py"
 MNIST = SCRIPTS / "optuna_mnist.py"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -146,24 +151,28 @@ def test_a_worker_that_comes_between_two_writes_is_accepted(
 ) -> None:
     """Several start at once, and one of them is the first to write the space down."""
     monkeypatch.setenv("SAMPLER", "grid")
-    script, chosen = vars(space_for_tests), Settings.from_env()
+    chosen = Settings.from_env()
+    script = Script("space_for_tests.py", vars(space_for_tests))
     study = create_or_open_study(chosen)
     write = study.set_user_attr
 
     def and_another_comes(key: str, value: Any) -> None:
         write(key, value)
-        space.adopt_space(open_study(chosen), chosen, script)
+        remembered.adopt_space(open_study(chosen), chosen, script)
 
     monkeypatch.setattr(study, "set_user_attr", and_another_comes)
-    assert len(space.adopt_space(study, chosen, script).combinations) == 12
+    assert len(remembered.adopt_space(study, chosen, script).combinations) == 12
     assert {"space", "combinations"} <= study.user_attrs.keys()
 
 
 def test_objective_without_a_search_space_function(run: Run) -> None:
-    result = run(BUNDLE / "tests" / "objective_for_tests.py", SAMPLER="grid")
+    result = run(HELPERS / "objective_for_tests.py", SAMPLER="grid")
     assert result.returncode == 2
-    assert "needs a function search_space(trial) in objective_for_tests.py" in result.stderr
-    assert run(BUNDLE / "tests" / "objective_for_tests.py", TOTAL_TRIALS="2").returncode == 0
+    assert (
+        "needs a function search_space(trial) in ../tests/helpers/objective_for_tests.py"
+        in result.stderr
+    )
+    assert run(HELPERS / "objective_for_tests.py", TOTAL_TRIALS="2").returncode == 0
 
 
 @pytest.mark.parametrize(("sampler", "kind"), [("tpe", "continuous"), ("grid", ""), ("tpe", "")])
@@ -198,19 +207,26 @@ def test_grid_of_mnist_has_192_combinations(monkeypatch: pytest.MonkeyPatch) -> 
 def test_missing_package_is_one_line_with_the_command(
     name: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != package or None)
+    version = importlib.metadata.version
+
+    def all_but_one(name: str) -> str:
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", all_but_one)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("SAMPLER", name)
     monkeypatch.setenv("APPTAINER_CONTAINER", "/images/pytorch.sif")
     with pytest.raises(UserError, match=f"SAMPLER={name} needs {package}, which") as caught:
         samplers.check_packages(Settings.from_env())
-    assert f"/images/pytorch.sif pip install --user {package}" in str(caught.value)
+    assert f"/images/pytorch.sif pip install --user {package}==" in str(caught.value)
 
 
 def test_cmaes_moves_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the guide's space CMA-ES moves lr alone; of the numeric form, all eight, and well."""
     monkeypatch.setenv("SAMPLER", "cmaes")
-    study = optuna.create_study(sampler=samplers.make_sampler("cmaes", 1))
+    study = optuna.create_study(sampler=samplers.make_sampler(Settings.from_env(), 1))
     for _ in range(150):
         trial = study.ask()
         config = optuna_mnist.search_space(trial)
@@ -228,7 +244,7 @@ def test_cmaes_moves_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("pruner", settings.PRUNERS)
 def test_pruners_with_epochs_searched(pruner: str) -> None:
     """A hopeless trial is pruned, if the pruner can by then, but never after its last epoch."""
-    study = optuna.create_study(pruner=samplers.make_pruner(pruner))
+    study = optuna.create_study(pruner=make_pruner(Settings.from_env(PRUNER=pruner)))
     study.sampler = optuna.samplers.RandomSampler(seed=1)
     states: dict[bool, list[TrialState]] = {}
     for number in range(30):
@@ -261,9 +277,9 @@ def test_several_objectives_run_on_mnist_and_show_their_front(run: Run) -> None:
         assert trial.values[1] == sum(p.numel() for p in net.parameters())
         assert len(trial.intermediate_values) == config["epochs"]
     front = open_study(Settings.from_env()).best_trials
-    shown = run("check_best_model.py", TOTAL_TRIALS="6").stdout
-    assert f"Pareto front of loss, parameters: {len(front)} trials" in shown
-    assert all(f"  trial {trial.number:<5} {trial.values[0]:<10.6g}" in shown for trial in front)
+    text = run("check_best_model.py", TOTAL_TRIALS="6").stdout
+    assert f"Pareto front of loss, parameters: {len(front)} trials" in text
+    assert all(f"  trial {trial.number:<5} {shown(trial.values[0]):<10}" in text for trial in front)
     kept = {path.name for path in Settings.from_env().checkpoints.iterdir()}
     assert kept == {f"trial-{trial.number:05d}.weights.pt" for trial in front}
 

@@ -13,19 +13,19 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from common import BUNDLE, SCRIPTS, Run
-from hpo.served_storage import ServedStorage, find_server, server_path
+from common import HELPERS, SCRIPTS, Run
 from hpo.settings import Settings, UserError
-from hpo.sqlite_storage import SQLiteStorage
-from hpo.storage import create_or_open_study, open_study
+from hpo.study.opening import create_or_open_study, open_study
+from hpo.study.served import ServedStorage, find_server, server_path
+from hpo.study.storage import SQLiteStorage
 
-OBJECTIVE = BUNDLE / "tests" / "objective_for_tests.py"
+OBJECTIVE = HELPERS / "objective_for_tests.py"
 WORKERS = 3
 
 
 @pytest.fixture
 def server(own_study: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
-    """Serve the test's study, as hpo/job.sh does in job 77."""
+    """Serve the test's study, as hpo/job/job.sh does in job 77."""
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("TOTAL_TRIALS", "12")
     monkeypatch.setenv("LEASE_GRACE", "2")
@@ -33,7 +33,7 @@ def server(own_study: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproc
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
     monkeypatch.setenv("PY_SCRIPT", OBJECTIVE.name)
     create_or_open_study(Settings.from_env())._storage.remove_session()
-    command = [sys.executable, "-m", "hpo.served_storage", str(WORKERS)]
+    command = [sys.executable, "-m", "hpo.study.served", str(WORKERS)]
     process = subprocess.Popen(command, cwd=SCRIPTS, text=True, stderr=subprocess.PIPE)
     end = time.monotonic() + 60
     while not server_path(own_study).exists():

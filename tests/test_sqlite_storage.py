@@ -18,8 +18,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hpo.sqlite_storage import LeaseLost, NoTrialLeft, SQLiteStorage
-from hpo.study_file import create_study_file
+from hpo.study.sqlite_file import create_study_file
+from hpo.study.storage import LeaseLost, NoTrialLeft, SQLiteStorage
 from storage_helpers import (
     EPOCHS,
     NAME,
@@ -160,7 +160,7 @@ def test_returned_trial_keeps_parameters_and_reports(path: Path) -> None:
     b.tell(again, 1.0)
     frozen = read_trials(path)[0]
     assert (frozen.params, frozen.intermediate_values) == (before, {0: 0.5, 1: 0.25})
-    assert frozen.user_attrs == {"note": [1, "x"]}
+    assert frozen.user_attrs == {"note": [1, "x"], "worker": "worker b"}
     assert sql(path, "SELECT count(*) FROM trial_params") == [(8,)]
 
 
@@ -329,7 +329,7 @@ def _work_with_other_clocks(path: Path, rank: int, log: Path, offset: float) -> 
             return datetime.fromtimestamp(wall() + offset, tz)
 
     time.time, time.monotonic = lambda: wall() + offset, lambda: monotonic() + 7 * offset
-    for module in ("hpo.sqlite_storage", "hpo.study_tables"):
+    for module in ("hpo.study.storage", "hpo.study.held", "hpo.study.tables"):
         vars(sys.modules[module])["datetime"] = Elsewhere
     work(path, rank, 24, grace=1.0, epoch=0.05, log=log)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from optuna.testing.pytest_storages import StorageTestCase
 
-from hpo.sqlite_storage import SQLiteStorage
+from hpo.study.storage import SQLiteStorage
 
 
 class TestSQLiteStorage(StorageTestCase):
     @pytest.fixture
     def storage(self, tmp_path: Path) -> Iterator[SQLiteStorage]:
-        storage = SQLiteStorage(tmp_path / "study.db", owner="test")
+        storage = SQLiteStorage(tmp_path / "study.db")
         yield storage
         storage.remove_session()

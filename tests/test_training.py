@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import optuna_mnist
 from common import SCRIPTS, SMALL
-from hpo import mnist, training
-from hpo.training import Trainer, evaluate, fused_adam, normalise, pick_device
+from hpo.train import mnist, training
+from hpo.train.training import Trainer, evaluate, fused_adam, normalise, pick_device
 
 CONFIG = {**SMALL, "num_classes": 10}
 CPU = torch.device("cpu")

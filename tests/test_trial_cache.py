@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hpo.sqlite_storage import SQLiteStorage
+from hpo.study.storage import SQLiteStorage
 from storage_helpers import make_study, open_study, storage_of, suggest
 
 
@@ -21,7 +21,7 @@ def path(tmp_path: Path) -> Path:
 
 def fresh(path: Path) -> list[Any]:
     """Return the trials as somebody reads them who remembers nothing."""
-    return list(SQLiteStorage(path, owner="reader").get_all_trials(1))
+    return list(SQLiteStorage(path).get_all_trials(1))
 
 
 def selects(study: optuna.Study) -> list[str]:
@@ -90,7 +90,7 @@ def test_every_write_is_seen_at_once(path: Path) -> None:
 @pytest.mark.parametrize("values", [[1.5], [float("inf")], None])
 def test_a_trial_finished_here_is_as_in_the_file(path: Path, values: list[float] | None) -> None:
     study = optuna.load_study(
-        study_name="study", storage=SQLiteStorage(path, owner="me", label="worker 0 on n1")
+        study_name="study", storage=SQLiteStorage(path, worker="worker 0 on n1")
     )
     study.get_trials()
     trial = study.ask()

@@ -5,28 +5,25 @@
 
 Everything lies in checkpoints/study.db/STUDY_NAME/ beside study.db:
 
-    trial-00012.state.pt      while trial 12 is not finished: model, optimiser, random states,
-                              losses; a trial that was interrupted goes on from here
+    trial-00012.state.pt      while trial 12 is not finished: model, optimiser, torch's random
+                              states, losses; a trial that was interrupted goes on from here
     trial-00012.weights.pt    the state_dict of one of the KEEP_BEST best trials so far (of several
                               objectives: of the Pareto front), and nothing else
 
-A file is written under another name, flushed to disk and renamed, so that a reader finds the old
-one or the new one, never half of one.  Only tensors and numbers are stored, and files are read
-with `weights_only=True`: reading one cannot run code.
+Each file is written whole or not at all (hpo/files.py).  Only tensors and numbers are stored, and
+files are read with `weights_only=True`: reading one cannot run code.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
 
+from hpo.files import leftover_of, whole
 from hpo.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,9 +35,9 @@ def load(
 ) -> list[float]:
     """Restore an interrupted trial in place and return the losses of its finished epochs.
 
-    A trial that has no checkpoint is left as it is, and `[]` returned.  Because the random states
-    are restored too, a resumed trial takes the same steps as an uninterrupted one; on a CPU of the
-    same kind its result is the same to the last bit.
+    A trial that has no checkpoint is left as it is, and `[]` returned.  Because torch's random
+    states are restored too, a resumed trial takes the same steps as an uninterrupted one; on a CPU
+    of the same kind its result is the same to the last bit.
     """
     path = _state_path(trial.number) if trial else None
     if not trial or not path or not path.exists():
@@ -77,7 +74,7 @@ def save(
     from torch import distributed
 
     if distributed.is_initialized() and distributed.get_rank():
-        return  # of several processes with the same weights (hpo/ddp.py) the first writes
+        return  # of several processes with the same weights (hpo/train/ddp.py) the first writes
     state: dict[str, Any] = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -108,29 +105,18 @@ def keep_weights(number: int) -> None:
         _write(weights, weights_path(Settings.from_env(), number))
 
 
-def tidy(study: optuna.Study) -> None:
-    """Remove what finished trials have left, except for the weights of the best KEEP_BEST.
+def tidy(finished: Container[int], keep: Container[int]) -> None:
+    """Remove what finished trials (their numbers) have left, but for the weights of those to keep.
 
     Another worker may be about to finish a better trial: files of unfinished trials stay.  The
     half-written files of a worker that was killed go with the others of its trial.
     """
-    settings = Settings.from_env()
-    trials = study.get_trials(deepcopy=False)
-    finished = {trial.number for trial in trials if trial.state.is_finished()}
-    keep = {weights_path(settings, t.number) for t in best_trials(study, settings.keep_best)}
-    for path in settings.checkpoints.glob("trial-*"):
-        match = re.fullmatch(r"trial-(\d+)\.(?:state|weights)\.(?:pt|.+\.tmp)", path.name)
-        if match and int(match[1]) in finished and path not in keep:
+    for path in Settings.from_env().checkpoints.glob("*trial-*"):
+        match = re.fullmatch(r"trial-(\d+)\.(state|weights)\.pt", leftover_of(path.name))
+        if not match or int(match[1]) not in finished:
+            continue
+        if leftover_of(path.name) != path.name or match[2] == "state" or int(match[1]) not in keep:
             path.unlink(missing_ok=True)
-
-
-def best_trials(study: optuna.Study, most: int) -> list[FrozenTrial]:
-    """Return the best complete trials, the best first; with several objectives the whole front."""
-    if len(study.directions) > 1:
-        return study.best_trials
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
-    return sorted(complete, key=lambda trial: (sign * trial.values[0], trial.number))[:most]
 
 
 def weights_path(settings: Settings, number: int) -> Path:
@@ -145,10 +131,5 @@ def _state_path(number: int) -> Path:
 def _write(content: dict[str, Any], path: Path) -> None:
     import torch
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        torch.save(content, temporary)

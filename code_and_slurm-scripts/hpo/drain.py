@@ -1,9 +1,9 @@
 """Drain: how a worker is told to stop, and when its trial may be interrupted.
 
-Three things end a worker early, none of which loses a finished epoch:
+Five things end a worker early, none of which loses a finished epoch:
 
     SIGUSR1             to this process: stop after the running epoch
-    DRAIN_FILE          the same for all workers of a job: hpo/job.sh makes this file when Slurm
+    DRAIN_FILE          the same for all workers of a job: hpo/job/job.sh makes this file when Slurm
                         signals the batch shell.  A signal to the workers' step would also end the
                         process that mounts the container's image, under the workers' feet.
     the job's end       the next epoch would not be finished in time: stop before it starts

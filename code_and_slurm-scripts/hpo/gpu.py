@@ -19,12 +19,12 @@ import sys
 from typing import Any
 from uuid import UUID
 
-# Exit statuses of a worker, besides those in hpo/worker.py; hpo/keep_running.sh starts it again.
+# Exit statuses of a worker (hpo/worker.py), which hpo/job/keep_running.sh then starts again.
 BROKEN = (
     70  # CUDA of this process fails from now on (a device assert, an Xid): only a new one helps
 )
 NO_CAPTURE = 71  # the same after a failed capture; the new process shall not capture
-NO_CUDA_GRAPHS = "NO_CUDA_GRAPHS"  # =1: training captures nothing; set by hpo/keep_running.sh
+NO_CUDA_GRAPHS = "NO_CUDA_GRAPHS"  # =1: training captures nothing; set by hpo/job/keep_running.sh
 FAULTS = 3  # of the GPU under one trial, after which the trial itself is to blame
 NO_GPU = ("", "-1", "NoDevFiles")  # CUDA_VISIBLE_DEVICES of those who want the CPU
 
@@ -158,7 +158,7 @@ def give_up(why: str, status: int) -> Unusable:
 
 
 def is_shared() -> bool:
-    """Whether workers share the GPU through MPS, where one's fault ends all (hpo/mps.sh)."""
+    """Whether workers share the GPU through MPS, where one's fault ends all (hpo/job/mps.sh)."""
     return bool(os.environ.get("CUDA_MPS_PIPE_DIRECTORY"))
 
 

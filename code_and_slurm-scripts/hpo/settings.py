@@ -1,27 +1,13 @@
-"""The environment variables of the bundle, read once and checked here, before a GPU is used.
+"""The environment variables of the bundle: read once, checked before a GPU is used.
 
-Every script calls `Settings.from_env()`.  The names are those of the USER CONFIG block in
-run-optuna-multinode_Turpan.sh and of README.txt:
+    python -m hpo.settings        prints the table of all of them, with the values in force
+    python -m hpo.settings given  what was given, as it is typed before a command
 
-    STUDY_DB       where the study is stored     sqlite:///study.db (in the scripts' folder)
-    STUDY_NAME     its name in that database     mnist_hpo
-    TOTAL_TRIALS   trials in the whole study     500
-    PY_SCRIPT      the script with the objective optuna_mnist.py
-    DIRECTION      minimize or maximize          minimize (or one for each of OBJECTIVES)
-    OBJECTIVES     loss,parameters               none: the script's first, alone
-    SAMPLER        see hpo/samplers.py           tpe
-    PRUNER         see hpo/samplers.py           median
-    SEED           of the samplers and models    none: every start is different
-    TRAIN_IMAGES   images that a trial trains on 50000 (fewer for a quick try)
-    WORKERS_PER_GPU workers that share one GPU   1
-    GPUS_PER_TRIAL GPUs that share one trial     1
-    DATA           pairs of texts for T5         none: French numbers
-    SMALL          1: a search space for laptops 0
-    KEEP_BEST      best trials whose weights stay on disk  3
-    LEASE_GRACE    seconds without a sign of life after which a trial goes back to the queue  60
-
-The launch scripts set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix seconds),
-DRAIN_FILE (hpo/drain.py) and ALIVE_JOBS (the user's jobs in Slurm's queue).
+The names are those of the USER CONFIG block in run-optuna-multinode_Turpan.sh.  Every script calls
+`Settings.from_env()`: the first call of a process reads the environment, later ones return that.
+The launch scripts also set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix
+seconds), DRAIN_FILE (hpo/drain.py), ALIVE_JOBS (the user's jobs in Slurm's queue) and WORKER_TOKEN
+(hpo/job/keep_running.sh).
 
 This module and hpo/gpu.py import nothing but the standard library, so that they start at once on a
 login node.
@@ -30,27 +16,59 @@ login node.
 from __future__ import annotations
 
 import os
-import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from hpo import gpu
+from hpo import gpu, values
+from hpo.values import UserError
+
+__all__ = ["SCRIPTS", "Settings", "UserError", "run_script", "use"]
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # code_and_slurm-scripts/
 SQLITE_PREFIX = "sqlite:///"
-SERVER_URLS = ("postgresql", "mysql", "journal", "grpc")  # besides sqlite; see hpo/storage.py
+SERVER_URLS = ("postgresql", "mysql", "journal", "grpc")  # besides sqlite; see hpo/study/opening.py
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "bruteforce", "nsgaii", "gp", "qmc")
 PRUNERS = ("median", "percentile", "halving", "hyperband", "wilcoxon", "none")
 DIRECTIONS = ("minimize", "maximize")
-TRAIN_IMAGES = 50_000  # of the 60 000; the other 10 000 are for validation
+TRAIN_IMAGES = 50_000  # most images that a trial trains on, whatever a script counts as one
 
 
-class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: one or two lines, exit status 2."""
+class Variable(NamedTuple):
+    """One row of the table of settings."""
+
+    name: str
+    default: str  # "" where there is none
+    says: str
+
+
+VARIABLES = (
+    Variable("STUDY_DB", "sqlite:///study.db", "where the study is stored, from this folder"),
+    Variable("STUDY_NAME", "mnist_hpo", "its name in that database"),
+    Variable("TOTAL_TRIALS", "500", "trials in the whole study, over all workers and jobs"),
+    Variable("PY_SCRIPT", "optuna_mnist.py", "the script with the objective, from this folder"),
+    Variable("SCRIPT_ARGS", "", "command-line arguments of that script's own"),
+    Variable("DIRECTION", "minimize", "minimize or maximize; one for each of OBJECTIVES"),
+    Variable("OBJECTIVES", "", "loss,parameters: those of the script to use; its first alone"),
+    Variable("SAMPLER", "tpe", "how parameters are chosen; tpe:n_startup_trials=20 sets options"),
+    Variable("PRUNER", "median", "which trials are stopped; median:n_warmup_steps=2 likewise"),
+    Variable("FIX", "", "batch_size=64,…: parameters that are not searched"),
+    Variable("STOP_VALUE", "", "a value that is good enough: it ends the study"),
+    Variable("SEED", "", "of the samplers; repeatable with one worker on a new study"),
+    Variable("TRAIN_IMAGES", str(TRAIN_IMAGES), "images a trial trains on; fewer for a quick try"),
+    Variable("DATA", "", "a data file of your own, for scripts that use it (pairs of texts)"),
+    Variable("SMALL", "0", "1: the script's search space for a laptop, where it has one"),
+    Variable("WORKERS_PER_GPU", "1", "workers that share one GPU, 1 to 16"),
+    Variable("GPUS_PER_TRIAL", "1", "GPUs that share one trial, 1 to 8"),
+    Variable("KEEP_BEST", "3", "best trials whose weights are kept"),
+    Variable("MAX_ATTEMPTS", "3", "crashes, or returns without a new epoch, that fail a trial"),
+    Variable("LEASE_GRACE", "60", "seconds without a sign of life until a trial is taken back"),
+)
+DEFAULTS = {variable.name: variable.default for variable in VARIABLES}
 
 
 @dataclass(frozen=True)
@@ -60,21 +78,28 @@ class Settings:
     study_db: str  # a URL; for SQLite always with an absolute path
     study_name: str
     total_trials: int
-    py_script: str  # file name of the script with the objective
-    direction: str  # of the first objective
-    directions: tuple[str, ...]  # of all
+    total_is_given: bool  # by TOTAL_TRIALS; otherwise a study that exists knows better
+    py_script: str  # the script with the objective, relative to SCRIPTS
+    script_args: tuple[str, ...]
+    directions: tuple[str, ...]  # of all objectives
     objectives: tuple[str, ...]  # names; () for the one of the script
     sampler: str
+    sampler_options: dict[str, Any]
     pruner: str
+    pruner_options: dict[str, Any]
+    fixed: dict[str, Any]  # parameters that have one value in every trial
+    stop_value: float | None
     seed: int | None
     train_images: int
     workers_per_gpu: int  # the launch scripts start them
-    gpus_per_trial: int  # hpo/ddp.py
+    gpus_per_trial: int  # hpo/train/ddp.py
     data: Path | None  # a file of the user's own; None for the data of the script
     small: bool  # the script's search space for a laptop
     keep_best: int  # trials whose weights are kept
+    max_attempts: int
     lease_grace: float  # seconds
     rank: int  # of this worker among the workers of its job: 0, 1, …
+    token: str  # of this process, from the script that keeps it running; "" without one
     job_id: str  # of Slurm, with ".1" after the first requeue; "" outside of it
     job_end: float  # Unix seconds; infinite where nothing ends the job
     drain_file: Path | None  # workers stop when it exists
@@ -82,39 +107,17 @@ class Settings:
 
     @classmethod
     def from_env(cls, **overrides: str) -> Settings:
-        """Read the environment; keyword arguments (`STUDY_DB=...`) take precedence over it.
+        """Return the settings of this process; keyword arguments (`STUDY_DB=...`) go before them.
+
+        The environment is read by the first call, and again by one with arguments, which the
+        process then keeps.
 
         Raises:
             UserError: a value is not legal; the message says what is.
         """
-        env: dict[str, str] = {name: value for name, value in os.environ.items() if value}
-        env.update(overrides)
-        objectives = _objectives(env)
-        directions = _directions(env, max(1, len(objectives)))
-        return cls(
-            study_db=_study_url(env.get("STUDY_DB", "sqlite:///study.db")),
-            study_name=_study_name(env.get("STUDY_NAME", "mnist_hpo")),
-            total_trials=_integer(env, "TOTAL_TRIALS", "500", 1),
-            py_script=Path(env.get("PY_SCRIPT", "optuna_mnist.py")).name,
-            direction=directions[0],
-            directions=directions,
-            objectives=objectives,
-            sampler=_choice(env, "SAMPLER", "tpe", SAMPLERS),
-            pruner=_choice(env, "PRUNER", "median", PRUNERS),
-            seed=_integer(env, "SEED", "0", 0) if "SEED" in env else None,
-            train_images=_integer(env, "TRAIN_IMAGES", str(TRAIN_IMAGES), 128, TRAIN_IMAGES),
-            workers_per_gpu=_integer(env, "WORKERS_PER_GPU", "1", 1, 16),
-            gpus_per_trial=_gpus_per_trial(env),
-            data=_data(env["DATA"]) if "DATA" in env else None,
-            small=_choice(env, "SMALL", "0", ("0", "1")) == "1",
-            keep_best=_integer(env, "KEEP_BEST", "3", 1),
-            lease_grace=float(_integer(env, "LEASE_GRACE", "60", 1)),
-            rank=_integer(env, "WORKER_RANK", env.get("SLURM_PROCID", "0"), 0),
-            job_id=_job_id(env),
-            job_end=float(env.get("SLURM_JOB_END_TIME", "inf")),
-            drain_file=Path(env["DRAIN_FILE"]) if "DRAIN_FILE" in env else None,
-            alive_jobs=frozenset(env["ALIVE_JOBS"].split()) if "ALIVE_JOBS" in env else None,
-        )
+        if overrides or not _in_use:
+            use(_read({**os.environ, **overrides}))
+        return _in_use[0]
 
     @property
     def sqlite_path(self) -> Path | None:
@@ -123,12 +126,16 @@ class Settings:
             return Path(self.study_db[len(SQLITE_PREFIX) :])
         return None
 
-    def inputs(self) -> dict[str, str]:
-        """DATA and SMALL where they are given: what every trial of a study must have in common."""
-        found = {"SMALL": "1"} if self.small else {}
-        if self.data:  # relative: the bundle may be moved
-            found["DATA"] = os.path.relpath(self.data, SCRIPTS)
-        return found
+    @property
+    def beside(self) -> Path:
+        """The folder of study.db: reports, checkpoints and the preflight's notes lie there."""
+        return self.sqlite_path.parent if self.sqlite_path else SCRIPTS
+
+    @property
+    def backup_path(self) -> Path | None:
+        """Where the copy of an SQLite study is kept while workers run, beside study.db."""
+        path = self.sqlite_path
+        return path.with_name(f"{path.name}.backup") if path else None
 
     @property
     def checkpoints(self) -> Path:
@@ -136,31 +143,58 @@ class Settings:
 
         Two databases may hold studies of one name, so that of the file is in it, too.
         """
-        if self.sqlite_path is None:
-            return SCRIPTS / "checkpoints" / self.study_name
-        return self.sqlite_path.parent / "checkpoints" / self.sqlite_path.name / self.study_name
+        database = self.sqlite_path.name if self.sqlite_path else ""
+        return self.beside / "checkpoints" / database / self.study_name
+
+    @property
+    def worker(self) -> str:
+        """The name of this worker, for people."""
+        return f"worker {self.rank} on {os.uname().nodename}"
+
+    def inputs(self) -> dict[str, str]:
+        """What all trials of a study must have in common, as it was given: DATA, SMALL, …"""
+        found = {"SMALL": "1"} if self.small else {}
+        if self.data:  # relative: the bundle may be moved
+            found["DATA"] = os.path.relpath(self.data, SCRIPTS)
+        if self.train_images != TRAIN_IMAGES:
+            found["TRAIN_IMAGES"] = str(self.train_images)
+        return found
 
 
-def pip_command(*packages: str) -> str:
-    """Return the command that installs packages where this Python runs: image, or machine."""
-    image = os.environ.get("APPTAINER_CONTAINER")
-    if image:  # where there is a network, that is on the login node
-        return (
-            f"apptainer exec --bind /tmpdir,/work {image} pip install --user {' '.join(packages)}"
-        )
-    return f"{sys.executable} -m pip install {' '.join(packages)}"
+_in_use: list[Settings] = []  # at most one
+imported_by_another = False  # the script: then it must not begin a study (hpo/script.py)
 
 
-def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run a script's `main` and exit with its status; 2 and no traceback for a `UserError`."""
+def use(settings: Settings) -> Settings:
+    """Make these the settings of this process; a check and an export change some."""
+    _in_use[:] = [settings]
+    return settings
+
+
+def forget() -> None:
+    """Let the next `Settings.from_env()` read the environment again."""
+    _in_use.clear()
+
+
+def run_script(main: Callable[[], int]) -> None:
+    """Run a script's `main` and exit with its status; 2 and no traceback for a `UserError`.
+
+    Does nothing while another program imports the script (hpo/script.py).
+    """
+    if imported_by_another:
+        return
     try:
         status = main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         status = 2
     except gpu.Unusable as unusable:
         print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
         status = unusable.status
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
     if status in (gpu.BROKEN, gpu.NO_CAPTURE):
         # What PyTorch clears up at the end fails, too, and may abort: another status.
         sys.stdout.flush()
@@ -169,80 +203,76 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-def _choice(env: Mapping[str, str], name: str, default: str, legal: tuple[str, ...]) -> str:
-    value = env.get(name, default).lower()
-    if value not in legal:
-        raise UserError(f"{name}={value!r} is unknown; choose one of: {', '.join(legal)}")
-    return value
-
-
-def _objectives(env: Mapping[str, str]) -> tuple[str, ...]:
-    """Split OBJECTIVES; whether the script knows the names, hpo/objectives.py says."""
-    names = tuple(filter(None, (name.strip() for name in env.get("OBJECTIVES", "").split(","))))
-    if len(set(names)) < len(names):
-        raise UserError(f"OBJECTIVES={env['OBJECTIVES']!r} names one twice")
-    if len(names) > 1 and env.get("SAMPLER", "").lower() == "cmaes":
+def _read(environment: Mapping[str, str]) -> Settings:
+    given = {name: value for name, value in environment.items() if value}  # empty means default
+    env = {**DEFAULTS, **given}
+    objectives = values.names(env["OBJECTIVES"], "OBJECTIVES")
+    sampler, sampler_options = values.with_options(env, "SAMPLER", SAMPLERS)
+    pruner, pruner_options = values.with_options(env, "PRUNER", PRUNERS)
+    if len(objectives) > 1 and sampler == "cmaes":
         raise UserError("SAMPLER=cmaes has one objective only; for several use nsgaii or tpe")
-    return names
-
-
-def _directions(env: Mapping[str, str], number: int) -> tuple[str, ...]:
-    """Return one direction per objective; one alone is for all of them."""
-    words = env.get("DIRECTION", "minimize").split(",")
-    if len(words) not in (1, number):
-        raise UserError(f"DIRECTION has {len(words)} directions for {number} objectives")
-    legal = tuple(_choice({"DIRECTION": w.strip()}, "DIRECTION", "", DIRECTIONS) for w in words)
-    return legal * number if len(legal) == 1 else legal
-
-
-def _integer(
-    env: Mapping[str, str], name: str, default: str, least: int, most: int | None = None
-) -> int:
-    text = env.get(name, default)
-    legal = f"from {least} to {most}" if most else f"of {least} or more"
-    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
-        raise UserError(f"{name}={text!r} is not an integer {legal}")
-    if int(text) < least or (most and int(text) > most):
-        raise UserError(f"{name}={text} is out of range; give an integer {legal}")
-    return int(text)
-
-
-def _gpus_per_trial(env: Mapping[str, str]) -> int:
-    number = _integer(env, "GPUS_PER_TRIAL", "1", 1, 8)
-    if number > 1 and env.get("WORKERS_PER_GPU", "1") != "1":
+    if env["GPUS_PER_TRIAL"] != "1" and env["WORKERS_PER_GPU"] != "1":
         raise UserError("GPUS_PER_TRIAL and WORKERS_PER_GPU: only one of them can be more than 1")
-    return number
+    return Settings(
+        study_db=_study_url(env["STUDY_DB"]),
+        study_name=values.study_name(env["STUDY_NAME"]),
+        total_trials=values.integer(env, "TOTAL_TRIALS", 1),
+        total_is_given="TOTAL_TRIALS" in given,
+        py_script=_py_script(env["PY_SCRIPT"]),
+        script_args=values.arguments(env["SCRIPT_ARGS"], "SCRIPT_ARGS"),
+        directions=values.directions(env["DIRECTION"], DIRECTIONS, max(1, len(objectives))),
+        objectives=objectives,
+        sampler=sampler,
+        sampler_options=sampler_options,
+        pruner=pruner,
+        pruner_options=pruner_options,
+        fixed=values.pairs(env["FIX"], "FIX"),
+        stop_value=values.number(env, "STOP_VALUE") if env["STOP_VALUE"] else None,
+        seed=values.integer(env, "SEED", 0, 2**32 - 1) if env["SEED"] else None,
+        train_images=values.integer(env, "TRAIN_IMAGES", 128, TRAIN_IMAGES),
+        workers_per_gpu=values.integer(env, "WORKERS_PER_GPU", 1, 16),
+        gpus_per_trial=values.integer(env, "GPUS_PER_TRIAL", 1, 8),
+        data=values.readable_file(SCRIPTS / env["DATA"], "DATA") if env["DATA"] else None,
+        small=values.choice(env, "SMALL", ("0", "1")) == "1",
+        keep_best=values.integer(env, "KEEP_BEST", 1),
+        max_attempts=values.integer(env, "MAX_ATTEMPTS", 1),
+        lease_grace=float(values.integer(env, "LEASE_GRACE", 1)),
+        **_job(given),
+    )
 
 
-def _data(text: str) -> Path:
-    """Make the path absolute, as that of STUDY_DB; what is in the file, hpo/pairs.py checks."""
-    path = SCRIPTS / text  # an absolute right-hand side replaces SCRIPTS
-    if not path.is_file():
-        raise UserError(f"DATA={text!r}: there is no file {path}")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"DATA={text!r}: no permission to read {path}")
+def _job(given: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the launch scripts and Slurm set."""
+    rank = "WORKER_RANK" if "WORKER_RANK" in given else "SLURM_PROCID"
+    restarts = given.get("SLURM_RESTART_COUNT", "0")
+    # A requeued job keeps its number, but the workers that it had before are dead.
+    job_id = given.get("SLURM_JOB_ID", "") + (f".{restarts}" if restarts != "0" else "")
+    end = "SLURM_JOB_END_TIME"
+    return {
+        "rank": values.integer({rank: "0", **given}, rank, 0),
+        "token": given.get("WORKER_TOKEN", ""),
+        "job_id": job_id,
+        "job_end": values.number(given, end) if end in given else float("inf"),
+        "drain_file": Path(given["DRAIN_FILE"]) if "DRAIN_FILE" in given else None,
+        "alive_jobs": frozenset(given["ALIVE_JOBS"].split()) if "ALIVE_JOBS" in given else None,
+    }
+
+
+def _py_script(text: str) -> str:
+    """Return the path of the script from SCRIPTS: the bundle may be moved, and have subfolders."""
+    path = os.path.relpath(SCRIPTS / text, SCRIPTS)
+    if not path.endswith(".py") or len(os.fsencode(path)) > 250:
+        raise UserError(f"PY_SCRIPT={text!r} is no Python script; give its name, e.g. my_model.py")
     return path
-
-
-def _job_id(env: Mapping[str, str]) -> str:
-    """A requeued job keeps its number, but the workers that it had before are dead."""
-    restarts = env.get("SLURM_RESTART_COUNT", "0")
-    return env.get("SLURM_JOB_ID", "") + (f".{restarts}" if restarts != "0" else "")
-
-
-def _study_name(text: str) -> str:
-    """A study's name is also the name of its checkpoint folder, so it may hold no slash."""
-    if not re.fullmatch(r"[\w][\w.+-]{0,99}", text):
-        raise UserError(
-            f"STUDY_NAME={text!r} cannot be used; give letters, digits, '_', '-', '.' or '+'"
-        )
-    return text
 
 
 def _study_url(text: str) -> str:
     scheme = urlsplit(text).scheme.split("+")[0]
     if text.startswith(SQLITE_PREFIX) and len(text) > len(SQLITE_PREFIX):
-        return _sqlite_url(text)
+        # Relative paths start at the scripts' folder, not at the cwd; an absolute right-hand side
+        # replaces SCRIPTS.
+        path = values.database_file(text, SCRIPTS / text[len(SQLITE_PREFIX) :])
+        return f"{SQLITE_PREFIX}{path}"
     if scheme in SERVER_URLS and "://" in text:
         return text
     raise UserError(
@@ -251,16 +281,23 @@ def _study_url(text: str) -> str:
     )
 
 
-def _sqlite_url(text: str) -> str:
-    """Make the path absolute: relative ones start at the scripts' folder, not at the cwd."""
-    path = SCRIPTS / text[len(SQLITE_PREFIX) :]  # an absolute right-hand side replaces SCRIPTS
-    folder = path.parent
-    if not folder.is_dir():
-        raise UserError(f"STUDY_DB={text!r}: the folder {folder} does not exist; create it first")
-    if path.is_dir():
-        raise UserError(f"STUDY_DB={text!r}: {path} is a folder; name a file in it")
-    # Writable means the folder too: SQLite keeps its rollback journal beside the file.
-    for needed in (folder, path):
-        if needed.exists() and not os.access(needed, os.W_OK):
-            raise UserError(f"STUDY_DB={text!r}: no permission to write {needed}")
-    return f"{SQLITE_PREFIX}{path}"
+def print_table() -> int:
+    """Print every variable, the value in force, and what it is; return the exit status.
+
+    With the word `given`: those that are set to something else than their default, on one line, as
+    they are typed before a command.
+    """
+    Settings.from_env()
+    if sys.argv[1:] == ["given"]:
+        set_to = {name: os.environ.get(name) or default for name, default in DEFAULTS.items()}
+        words = [f"{n}={shlex.quote(v)}" for n, v in set_to.items() if v != DEFAULTS[n]]
+        print(" ".join(words))
+        return 0
+    for variable in VARIABLES:
+        value = os.environ.get(variable.name) or variable.default or "-"
+        print(f"{variable.name:16} {value:20} {variable.says}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(print_table)

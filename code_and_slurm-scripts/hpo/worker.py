@@ -1,21 +1,22 @@
 """A worker: claim a trial, run the objective, tell the result; again, until the study is full.
 
     python optuna_mnist.py            is one worker; the launch scripts start one per GPU
-    python optuna_mnist.py --check    is the script fit for a study?  (hpo/check_script.py)
+    python optuna_mnist.py --check    is the script fit for a study?  (hpo/check)
+    python my_model.py -- --data x    what follows -- is the script's own
 
 How a worker ends, and with which exit status:
 
-    0  the study has its TOTAL_TRIALS trials, or the worker was asked to stop:
-       DRAIN_FILE, or the job's end near   finish the epoch, give the trial back to the queue
-       SIGTERM, Ctrl-C                     give it back at once (the running epoch is lost)
-    1  three trials in a row failed and none has succeeded: the objective itself is broken;
-       or study.db cannot be written (disk full, …): the trial goes back to the queue
-       or a GPU was promised and there is none
-    2  a setting is wrong (hpo/settings.py)
-    70, 71  (hpo/gpu.py) CUDA has failed for good: hpo/keep_running.sh starts a new process
+    0   the study has its TOTAL_TRIALS trials, or has been stopped, or the worker was asked to stop:
+        DRAIN_FILE, or the job's end near   finish the epoch, give the trial back to the queue
+        SIGTERM, Ctrl-C                     give it back at once (the running epoch is lost)
+    1   the same failure again and again: the objective itself is broken; or most trials failed
+        or a GPU was promised, and there is none
+    2   a setting is wrong (hpo/settings.py)
+    70, 71  CUDA has failed for good (hpo/gpu.py): hpo/job/keep_running.sh starts a new process
+    75  the site: study.db or a disk cannot be used, for minutes; the trial goes back to the queue
 
-One bad trial (out of memory, a loss that is no number, an exception) is recorded as FAIL with the
-reason in its user attribute `fail_reason`, and the worker goes on.
+One bad trial (out of memory, a loss that is no number, whatever leaves the objective) is recorded
+as FAIL with the reason in its user attribute `fail_reason`, and the worker goes on.
 """
 
 from __future__ import annotations
@@ -23,240 +24,258 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
-import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from typing import Any, TypeAlias
+from functools import cache, partial
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.exceptions import StorageInternalError
+from optuna.trial import FrozenTrial, TrialState
 
-from hpo import checkpoint, gpu
-from hpo.drain import Drain, Drained, DrainingPruner
-from hpo.objectives import as_claimed, check_needs, check_objectives
-from hpo.samplers import check_packages, make_pruner, make_sampler, sampler_seed
-from hpo.served_storage import ServedStorage
-from hpo.settings import Settings, UserError
-from hpo.space import Plan, adopt_space
-from hpo.sqlite_storage import NoTrialLeft, SQLiteStorage
-from hpo.storage import create_or_open_study
-from hpo.study_file import StudyFileError
-from hpo.upkeep import Upkeep
+from hpo import gpu, script
+from hpo import settings as process
+from hpo.drain import Drain, DrainingPruner
+from hpo.search.guard import GuardedPruner, GuardedSampler, SearchFailed
+from hpo.search.objectives import check_objectives
+from hpo.search.pruners import make_pruner
+from hpo.search.remembered import Plan, adopt_space
+from hpo.search.samplers import assign, check_packages, make_sampler, sampler_seed
+from hpo.settings import Settings, UserError, use
+from hpo.site import SITE_FAULT, Patience, SiteFault
+from hpo.study.opening import create_or_open_study
+from hpo.study.optuna_private import storage_of, study_id, trial_id
+from hpo.study.served import ServedStorage
+from hpo.study.storage import NoTrialLeft, SQLiteStorage
+from hpo.study.trials import best_trials, count, same_reason, without_best
+from hpo.study.upkeep import Upkeep
+from hpo.trial import Objective, Outcome, let_several_objectives_report, run_trial
+from hpo.words import parameters, shown, values
 
-Value: TypeAlias = "float | tuple[float, ...]"  # one number per objective
-Objective: TypeAlias = Callable[[optuna.Trial], Value]
-FAILURES_IN_A_ROW = 3  # without any success: then it is not the parameters, it is the objective
+SAME_FAILURES = 3, 6  # in a row, before and after a success: then it is not the parameters
 POLL_SECONDS = 0.05, 1.0  # at first and at most, while other workers run the last trials
+STOPS = "stops_study"  # user attribute of a trial that called study.stop()
+# What tells a process that it is one of several; each worker trains for itself.
+RANKS = (
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS"),
+    *("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NNODES"),
+    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_NODES", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+)
 
 log = logging.getLogger("hpo.worker")
+script.take_arguments()  # now, before the script looks at them
 
 
 def run_worker(objective: Objective) -> int:
     """Run trials until the study has TOTAL_TRIALS of them; return the exit status.
 
-    With --check on the command line: check the script instead.
+    Does nothing while check_best_model.py imports the script.
 
     Raises:
         UserError: a setting is wrong, or the study belongs to another objective.
     """
-    if sys.argv[1:] == ["--check"]:
-        from hpo.check_script import check_script  # no worker needs it
+    if process.imported_by_another:
+        return 0
+    me = script.running(objective)
+    asked = script.workers_arguments()
+    settings = Settings.from_env(PY_SCRIPT=me.py_script)
+    if asked == ["--check"]:
+        from hpo.check.check_script import check_script  # no worker needs it
 
-        return check_script(objective)
-    if sys.argv[1:]:
-        raise UserError(f"unknown: {' '.join(sys.argv[1:])} (there is --check, and nothing else)")
-    settings = Settings.from_env(PY_SCRIPT=Path(objective.__code__.co_filename).name)
+        return check_script(objective, me, settings)
+    if asked:
+        raise UserError(
+            f"unknown: {' '.join(asked)} (there is --check; what follows -- is the script's own)"
+        )
     _log_to_stdout(settings)
+    _be_ordinary(settings)
     check_objectives(settings)
-    check_needs(settings.py_script)
+    script.check_needs(settings.py_script)
     check_packages(settings)
+    if prepare := me.offers("prepare"):
+        prepare()
     drain = Drain(settings.job_end, settings.drain_file)
     study = create_or_open_study(settings)
-    settings = _prepare(study, settings, adopt_space(study, settings, objective.__globals__))
+    plan = adopt_space(study, settings, me)
+    settings = use(_prepare(study, settings, plan))
     study.pruner = DrainingPruner(study.pruner, drain)
     gpu.check(start=settings.gpus_per_trial == 1)
     try:
         with Upkeep(study, settings) as upkeep:
-            return _run_trials(study, settings, objective, drain, upkeep)
-    except StudyFileError as error:
+            return _Loop(study, settings, plan, drain).run(objective, upkeep)
+    except (SiteFault, StorageInternalError) as error:
         log.error("%s", error)
-        return 1
+        return SITE_FAULT
+
+
+def _be_ordinary(settings: Settings) -> None:
+    """Hide from the objective that this process has a rank: it would wait for the others."""
+    os.environ["WORKER_RANK"] = str(settings.rank)
+    for name in RANKS:
+        os.environ.pop(name, None)
 
 
 def _prepare(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
     """Give the study its sampler and pruner; return the settings with its real TOTAL_TRIALS."""
     seed = sampler_seed(settings.seed, settings.rank, len(study.get_trials(deepcopy=False)))
-    study.sampler = make_sampler(
-        settings.sampler,
-        seed,
-        study_seed=settings.seed,
-        space=plan.space,
-        combinations=plan.combinations,
-    )
+    sampler = make_sampler(settings, seed, space=plan.space, combinations=plan.combinations)
+    study.sampler = GuardedSampler(sampler)
     if len(study.directions) > 1 and settings.pruner != "none":
         log.info("several objectives: nothing is pruned (PRUNER=%s is not used)", settings.pruner)
-        settings = replace(settings, pruner="none")
-    study.pruner = make_pruner(settings.pruner)
-    if isinstance(study._storage, SQLiteStorage):
-        study._storage.total_trials = plan.total(settings.total_trials)
-    return replace(settings, total_trials=plan.total(settings.total_trials))
+        settings = replace(settings, pruner="none", pruner_options={})
+    study.pruner = GuardedPruner(make_pruner(settings))
+    return settings
 
 
-def _run_trials(
-    study: optuna.Study, settings: Settings, objective: Objective, drain: Drain, upkeep: Upkeep
-) -> int:
-    failures, successes = 0, 0
-    while not gpu.ending and (trial := claim(study, settings.total_trials, drain)) is not None:
-        upkeep.trial_id = trial._trial_id
-        state = run_trial(study, trial, objective, drain)
-        upkeep.trial_id = None
-        failures = failures + 1 if state == TrialState.FAIL else 0
-        successes += state in (TrialState.COMPLETE, TrialState.PRUNED)
-        if failures >= FAILURES_IN_A_ROW and not successes:
-            log.error("%d trials in a row failed, none succeeded: stopping", failures)
-            return 1
-    if gpu.ending:
-        log.error("%s", gpu.ending)
-        return gpu.ending.status
-    if not drain.is_due():
-        log.info("the study has its %d trials", settings.total_trials)
-    else:
-        log.info("asked to stop, or the job's end is near: no further trial")
-    return 0
+class _Loop:
+    """What a worker does until the study is full, and what it has seen so far."""
 
-
-def claim(study: optuna.Study, total_trials: int, drain: Drain) -> optuna.Trial | None:
-    """Take a waiting trial, or a new one while the study has fewer than `total_trials`.
-
-    While other workers run the last ones it waits: one of them may die, and its trial return.
-    Returns None when all trials are finished, or when it is time to stop.
-    """
-    pause, longest = POLL_SECONDS
-    waiting_said = False
-    while not drain.is_due():
+    def __init__(self, study: optuna.Study, settings: Settings, plan: Plan, drain: Drain) -> None:
+        self.study, self.settings, self.plan, self.drain = study, settings, plan, drain
+        self.patience = Patience(settings.lease_grace, drain)
+        self.successes = 0
+        self.failures: list[str] = []  # reasons, since the last success
         trials = study.get_trials(deepcopy=False)
-        # Only the bundle's SQLite storage refuses in the same transaction; others overshoot a bit.
-        if len(trials) < total_trials or any(t.state == TrialState.WAITING for t in trials):
+        # A study that was stopped goes on when it is started again, as with Optuna.
+        self.stopped_before = {t.number for t in trials if t.user_attrs.get(STOPS)}
+
+    def run(self, objective: Objective, upkeep: Upkeep) -> int:
+        """Run trials until there is no more; return the exit status. Raises SiteFault."""
+        while not gpu.ending and (trial := self.claim()) is not None:
+            upkeep.trial_id = trial_id(trial)
+            begin = time.monotonic()
+            outcome = run_trial(self.study, trial, objective, self.drain, self.patience.call)
+            upkeep.trial_id = None
+            if outcome.state != TrialState.RUNNING:
+                _log_end(self.study, trial, outcome, time.monotonic() - begin)
+            _spare_imports()
+            if gpu.ending:
+                break
+            if outcome.site:
+                self.patience.wait(outcome.site)
+                continue
+            self.patience.restore()
+            if self._broken(outcome):
+                return 1
+        if gpu.ending:
+            log.error("%s", gpu.ending)
+            return gpu.ending.status
+        return self._say_why_it_ends()
+
+    def claim(self) -> optuna.Trial | None:
+        """Take a waiting trial, or a new one while the study has fewer than TOTAL_TRIALS.
+
+        While other workers run the last ones it waits: one of them may die, and its trial return.
+        Returns None when all trials are finished, or when it is time to stop.
+        """
+        pause, longest = POLL_SECONDS
+        waiting_said = False
+        while not self.drain.is_due():
+            trial, others_run = self.patience.call(self._try_to_claim)
+            if trial is not None or not others_run:
+                return trial
+            if not waiting_said:
+                log.info("no trial left to claim; waiting for those that still run elsewhere")
+                waiting_said = True
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        return None
+
+    def _try_to_claim(self) -> tuple[optuna.Trial | None, bool]:
+        """Return a trial; or none, and whether one may still come back from another worker."""
+        while True:
+            trials = self.study.get_trials(deepcopy=False)
+            if self.ended_early(trials):
+                return None, False
+            total = self.limit(trials)
+            # Only the bundle's storage refuses in the same transaction; others overshoot a bit.
+            if len(trials) >= total and all(t.state != TrialState.WAITING for t in trials):
+                return None, _others_run(self.study)
             try:
-                return as_claimed(study.ask())
+                trial = self.study.ask()
             except NoTrialLeft:
                 continue
-        if not _others_run(study):
-            return None
-        if not waiting_said:
-            log.info("no trial left to claim; waiting for those that still run elsewhere")
-            waiting_said = True
-        time.sleep(pause)
-        pause = min(2 * pause, longest)
-    return None
+            except SearchFailed:  # the trial was claimed before its parameters were chosen
+                _give_back_all(self.study)
+                raise
+            self.study.stop = partial(trial.set_user_attr, STOPS, True)  # type: ignore[method-assign]
+            if len(self.study.directions) > 1:
+                let_several_objectives_report(trial)
+            return trial, True
+
+    def limit(self, trials: Sequence[FrozenTrial]) -> int:
+        """Return with how many trials the study ends: a finite space ends when all was tried."""
+        total = self.settings.total_trials
+        if self.plan.combinations:
+            total = min(total, len(trials) + assign(self.plan.combinations, trials)[1])
+        storage = storage_of(self.study)
+        if isinstance(storage, SQLiteStorage):
+            storage.total_trials = total
+        return total
+
+    def ended_early(self, trials: Sequence[FrozenTrial]) -> str:
+        """Return why no further trial is wanted: study.stop(), or STOP_VALUE; "" otherwise."""
+        for trial in trials:
+            if trial.user_attrs.get(STOPS) and trial.number not in self.stopped_before:
+                return f"trial {trial.number} has stopped the study"
+        wanted = self.settings.stop_value
+        if wanted is not None and len(self.study.directions) == 1:
+            best = best_trials(self.study, 1)
+            maximize = self.study.direction == optuna.study.StudyDirection.MAXIMIZE
+            if best and (best[0].values[0] >= wanted if maximize else best[0].values[0] <= wanted):
+                return f"trial {best[0].number} has reached STOP_VALUE={shown(wanted)}"
+        return ""
+
+    def _broken(self, outcome: Outcome) -> bool:
+        """Whether the same failure has come so often that it is not the parameters' fault."""
+        if outcome.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            self.successes += 1
+            self.failures.clear()
+        if outcome.state != TrialState.FAIL:
+            return False
+        self.failures.append(same_reason(outcome.reason))
+        most = SAME_FAILURES[bool(self.successes)]
+        if len(self.failures) < most or len(set(self.failures[-most:])) > 1:
+            return False
+        succeeded = "none succeeded" if not self.successes else "with the same reason"
+        log.error("%d trials in a row failed, %s: stopping (%s)", most, succeeded, outcome.reason)
+        log.error(
+            "mend the script, then give the failed trials another try: "
+            "python init_optuna_db.py --retry-failed"
+        )
+        return True
+
+    def _say_why_it_ends(self) -> int:
+        trials = self.study.get_trials(deepcopy=False)
+        counts = count(self.study, self.settings)
+        if why := self.ended_early(trials):
+            log.info("%s: no further trial", why)
+        elif self.drain.is_due():
+            log.info("asked to stop, or the job's end is near: no further trial")
+            return 0
+        else:
+            log.info("the study has its %d trials", self.limit(trials))
+        if counts.failed > counts.finished / 2:
+            log.error("most of its trials failed: %d of %d", counts.failed, counts.finished)
+            return 1
+        return 0
 
 
 def _others_run(study: optuna.Study) -> bool:
     """Whether a worker that can lose its lease still runs a trial; others return nothing."""
-    storage = study._storage
+    storage = storage_of(study)
     if isinstance(storage, (SQLiteStorage, ServedStorage)):
-        return storage.count_leases(study._study_id) > 0
+        return storage.count_leases(study_id(study)) > 0
     return False
 
 
-def run_trial(
-    study: optuna.Study, trial: optuna.Trial, objective: Objective, drain: Drain
-) -> TrialState:
-    """Run one trial and tell Optuna how it ended.
-
-    Returns its new state; WAITING if it went back to the queue, RUNNING if another worker has it.
-    """
-    begin = time.monotonic()
-    log.info("trial %d started", trial.number)
-    if not trial.params:  # one that goes on has those that it began with
-        checkpoint.discard(trial.number)
-    state, value, reason = _call(objective, trial, drain)
-    try:
-        _finish(study, trial, state, value, reason)
-    except UpdateFinishedTrialError:  # this worker was frozen, and another one has taken over
-        log.warning("trial %d is no longer this worker's: result dropped", trial.number)
-        state = TrialState.RUNNING
-    _free_memory()
-    if state != TrialState.RUNNING:
-        _log_end(study, trial, state, value, time.monotonic() - begin)
-    return state
-
-
-def _call(
-    objective: Objective, trial: optuna.Trial, drain: Drain
-) -> tuple[TrialState, Value | None, str]:
-    """Return the state that the trial should get, its value, and the reason of a FAIL."""
-    try:
-        with drain.interruptible():
-            value = objective(trial)
-        values: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
-        if not all(isinstance(number, (int, float)) for number in values):
-            raise TypeError(f"the objective returned {value!r}, which is no number")
-        if len(values) != len(trial.study.directions):
-            raise TypeError(f"{len(values)} values for {len(trial.study.directions)} objectives")
-        if any(math.isnan(number) for number in values):
-            return TrialState.FAIL, None, "the objective returned NaN"
-        return TrialState.COMPLETE, values if len(values) > 1 else float(values[0]), ""
-    except optuna.TrialPruned:
-        return TrialState.PRUNED, None, ""
-    except (Drained, gpu.Unusable, UpdateFinishedTrialError):  # the last says LeaseLost, too
-        return TrialState.WAITING, None, ""
-    except StudyFileError:
-        raise
-    except UserError as error:  # a configuration that cannot be: its one line says all
-        log.error("trial %d failed: %s", trial.number, error)
-        return TrialState.FAIL, None, str(error)
-    except Exception as error:  # one bad trial must not end the worker
-        if drain.at_once:  # scancel also takes the container's image away: not the trial's fault
-            return TrialState.WAITING, None, ""
-        log.exception("trial %d failed", trial.number)
-        if not gpu.healthy() and not gpu.is_to_blame(trial):
-            return TrialState.WAITING, None, ""
-        return TrialState.FAIL, None, _reason(error)
-
-
-def _finish(
-    study: optuna.Study,
-    trial: optuna.Trial,
-    state: TrialState,
-    value: Value | None,
-    reason: str,
-) -> None:
-    if state == TrialState.WAITING:
-        # The same trial, with its parameters and its reports: the next worker goes on with it.
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-        return
-    if state == TrialState.FAIL:
-        trial.set_user_attr("fail_reason", reason)
-    if state == TrialState.COMPLETE:
-        checkpoint.keep_weights(trial.number)
-    study.tell(trial, value, state)
-    checkpoint.tidy(study)
-
-
-def _reason(error: Exception) -> str:
-    """One line for the user attribute `fail_reason`."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-    # torch reports a full GPU with a class of its own and a full CPU with a RuntimeError.
-    exhausted = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if exhausted or "can't allocate memory" in str(error):
-        return f"out of memory ({text})"
-    return text
-
-
-def _free_memory() -> None:
-    """Give the GPU back what the trial has used, before the next trial starts."""
-    gc.collect()
-    gpu.healthy()
-    gpu.check()
-    _spare_imports()
+def _give_back_all(study: optuna.Study) -> None:
+    storage = storage_of(study)
+    if isinstance(storage, SQLiteStorage):
+        storage.return_held()
 
 
 @cache
@@ -266,39 +285,31 @@ def _spare_imports() -> None:
     atexit.register(gc.unfreeze)  # some C++ bindings complain of leaks otherwise
 
 
-def _log_end(
-    study: optuna.Study,
-    trial: optuna.Trial,
-    state: TrialState,
-    value: Value | None,
-    seconds: float,
-) -> None:
-    if isinstance(value, tuple):
-        what = f"complete: {', '.join(f'{number:.6g}' for number in value)}"
-    else:
-        what = state.name.lower() if value is None else f"complete: {value:.4f}"
-    if state == TrialState.WAITING:
+def _log_end(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, seconds: float) -> None:
+    what = outcome.state.name.lower()
+    if outcome.values:
+        what = f"complete: {values(outcome.values)}"
+    elif outcome.state == TrialState.WAITING:
         what = "back to the queue"
-    params = " ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in trial.params.items()
-    )
-    line = f"trial {trial.number} {what} after {seconds:.1f} s ({params})"
+    line = f"trial {trial.number} {what} after {seconds:.1f} s ({parameters(trial.params)})"
     if len(study.directions) > 1:
         line += f"; {len(study.best_trials)} trials in the Pareto front"
-    elif any(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)):
-        line += f"; best so far {study.best_value:.4f} (trial {study.best_trial.number})"
+    elif best := best_trials(study, 1):
+        line += f"; best so far {values(best[0].values)} (trial {best[0].number})"
+    else:
+        line += f"; {without_best(study)}"
     log.info(line)
 
 
 def _log_to_stdout(settings: Settings) -> None:
+    """Give the worker's lines a handler of their own: a script may set up logging as it likes."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    # A resumed trial may report its last epoch again, with the same value.
-    warnings.filterwarnings("ignore", message="The reported value is ignored")
-    logging.basicConfig(
-        stream=sys.stdout,
-        level=logging.INFO,
-        format=f"%(asctime)s worker {settings.rank} on {os.uname().nodename}: %(message)s",
-        datefmt="%H:%M:%S",
+    mine = logging.getLogger("hpo")
+    mine.setLevel(logging.INFO)
+    mine.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s {settings.worker}: %(message)s", datefmt="%H:%M:%S")
     )
+    mine.handlers[:] = [handler]

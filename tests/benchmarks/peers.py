@@ -48,7 +48,7 @@ CONFIG = {
 RATES = [1e-4 * 50 ** (number / (TRIALS - 1)) for number in range(TRIALS)]
 INIT = """
 import init_optuna_db
-from hpo.settings import Settings; from hpo.storage import open_study
+from hpo.settings import Settings; from hpo.study.opening import open_study
 from peers import CONFIG, RATES
 init_optuna_db.main()
 study = open_study(Settings.from_env())

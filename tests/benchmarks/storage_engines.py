@@ -23,8 +23,9 @@ from optuna.storages import BaseStorage, RDBStorage  # noqa: E402
 from optuna.storages.journal import JournalFileBackend  # noqa: E402
 from optuna.trial import FrozenTrial, TrialState  # noqa: E402
 
-from hpo.samplers import make_sampler  # noqa: E402
-from hpo.sqlite_storage import SQLiteStorage  # noqa: E402
+from hpo.search.samplers import make_sampler  # noqa: E402
+from hpo.settings import Settings  # noqa: E402
+from hpo.study.storage import SQLiteStorage  # noqa: E402
 from storage_helpers import EPOCHS, NAME, fork, kill, make_study, suggest  # noqa: E402
 
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the proxy
@@ -38,7 +39,7 @@ class Engine:
 
     @staticmethod
     def sampler(name: str, seed: int) -> BaseSampler:
-        return make_sampler(name, seed)
+        return make_sampler(Settings.from_env(SAMPLER=name), seed)
 
     def __init__(self, folder: Path) -> None:
         self.path = make_study(folder)
@@ -50,7 +51,7 @@ class Engine:
         pass
 
     def storage(self, rank: int) -> BaseStorage:
-        return SQLiteStorage(self.path, owner=f"worker {rank}")
+        return SQLiteStorage(self.path, worker=f"worker {rank}")
 
     def study(self, rank: int, sampler: BaseSampler) -> optuna.Study:
         return optuna.load_study(
@@ -94,7 +95,7 @@ class Stock(Engine):
     def sampler(name: str, seed: int) -> BaseSampler:
         if name == "tpe":
             return optuna.samplers.TPESampler(seed=seed)
-        return make_sampler(name, seed)
+        return make_sampler(Settings.from_env(SAMPLER=name), seed)
 
     def storage(self, rank: int) -> BaseStorage:
         options = {"connect_args": {"timeout": 60}}

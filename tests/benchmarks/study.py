@@ -26,7 +26,7 @@ sys.path[:0] = [str(SCRIPTS.parent / "tests")]
 from training import machine  # noqa: E402
 
 # Starts the daemon that several workers on a GPU share, runs this file's workers, ends the daemon.
-WITH_MPS = "source hpo/mps.sh; start_mps; trap stop_mps EXIT; "
+WITH_MPS = "source hpo/job/mps.sh; start_mps; trap stop_mps EXIT; "
 
 
 def launch(env: dict[str, str], gpus: int) -> int:

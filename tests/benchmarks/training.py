@@ -38,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "code_and_slurm-scripts")]
 
-from hpo import mnist  # noqa: E402
+from hpo.train import mnist  # noqa: E402
 
 NAMES = ("batch_size", "conv1_channels", "conv2_channels", "kernel1", "kernel2", "fc_dim")
 PANEL = (

@@ -26,7 +26,7 @@ from torch.nn import functional
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "code_and_slurm-scripts")]
 
-from hpo import mnist  # noqa: E402
+from hpo.train import mnist  # noqa: E402
 
 Epoch: TypeAlias = Callable[[], object]  # trains on `images` images, and waits until that is done
 Config: TypeAlias = dict[str, Any]
@@ -109,7 +109,7 @@ def ours(config: Config, images: int, device: torch.device) -> Epoch:
 
 def our_trainer(config: Config, images: int, device: torch.device) -> Any:
     """Return the bundle's Trainer, as optuna_mnist.py makes it."""
-    from hpo.training import Trainer, fused_adam
+    from hpo.train.training import Trainer, fused_adam
     from optuna_mnist import CNN
 
     data, _ = mnist.load_training(device, images)
@@ -159,7 +159,7 @@ def main() -> None:
     """Answer requests until standard input ends."""
     torch.set_num_threads(int(sys.argv[2]))
     if sys.argv[1] == "ours":
-        from hpo.training import pick_device
+        from hpo.train.training import pick_device
 
         device = pick_device()
     else:

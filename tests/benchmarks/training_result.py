@@ -32,8 +32,8 @@ sys.path[:0] = [str(ROOT / "code_and_slurm-scripts"), str(ROOT / "tests")]
 from training import machine  # noqa: E402
 from training_arms import GuideNet, eager, our_trainer  # noqa: E402
 
-from hpo import mnist  # noqa: E402
-from hpo.training import evaluate, pick_device  # noqa: E402
+from hpo.train import mnist  # noqa: E402
+from hpo.train.training import evaluate, pick_device  # noqa: E402
 from optuna_mnist import search_space  # noqa: E402
 
 SEEDS, CONFIGURATIONS = 30, 32

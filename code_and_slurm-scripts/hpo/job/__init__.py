@@ -1,0 +1,1 @@
+"""What a job is made of: the phases of the batch script, and small programs that it runs."""

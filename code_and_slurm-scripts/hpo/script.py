@@ -1,0 +1,231 @@
+"""The user's script: which one it is, what it offers (the table in hpo/__init__.py), its arguments.
+
+declared("my_model.py", "NEEDS")    read without running it: init_optuna_db.py is quick
+check("my_model.py")                it is there, is Python, and calls run_worker
+running(objective)                  in a worker: the script that was launched
+load("my_model.py")                 in check_best_model.py: imported, and no trial is run
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import inspect
+import os
+import sys
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpo import packages, settings
+from hpo.settings import SCRIPTS, Settings, UserError
+from hpo.words import one_line
+
+NOTEBOOK = "notebook.py"  # the name of a script that is a notebook
+
+
+class Script(NamedTuple):
+    """A script that is running, or was imported."""
+
+    py_script: str  # as in Settings
+    names: Mapping[str, Any]  # all that it defines
+
+    def offers(self, name: str) -> Any:
+        """Return what the script offers under a name of the contract; None without it."""
+        return self.names.get(name)
+
+    def need(self, name: str, purpose: str) -> Any:
+        """Return what it offers. Raises UserError if that is missing."""
+        if self.offers(name) is None:
+            raise UserError(f"{purpose} needs a function {name} in {self.py_script}")
+        return self.offers(name)
+
+
+# ---------- Read, not run ----------
+
+
+def check(py_script: str) -> None:
+    """Raise UserError if a script is not there, is no Python, or would run no trial."""
+    tree = _parse(py_script)
+    words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    if "run_worker" not in words and not _imports_a_neighbour(tree):
+        raise UserError(
+            f"{py_script} never calls run_worker; end it with:\n"
+            '    if __name__ == "__main__": run_script(lambda: run_worker(objective))'
+        )
+
+
+def declared(py_script: str, name: str) -> tuple[str, ...]:
+    """Return the words in a script's line `name` = …; none without it, or without the script.
+
+    Raises:
+        UserError: the line holds something else.
+    """
+    if not (SCRIPTS / py_script).is_file():
+        return ()
+    for node in _parse(py_script).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return _words(node.value, name, py_script)  # type: ignore[attr-defined]
+    return ()
+
+
+def defines(py_script: str, name: str) -> bool:
+    """Return whether a script has a function (or anything else) of that name at its top level."""
+    if not (SCRIPTS / py_script).is_file():
+        return False
+    for node in _parse(py_script).body:
+        if getattr(node, "name", "") == name:
+            return True
+        aliases = node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        if any((alias.asname or alias.name) == name for alias in aliases):
+            return True
+    return False
+
+
+def check_needs(py_script: str) -> None:
+    """Raise UserError, with the command that installs them, if packages in NEEDS are missing."""
+    packages.need(py_script, *declared(py_script, "NEEDS"))
+
+
+def _parse(py_script: str) -> ast.Module:
+    path = SCRIPTS / py_script
+    try:
+        return ast.parse(path.read_bytes())  # bytes: Python finds the encoding by itself
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise UserError(f"{py_script}{line}: {one_line(error)}") from error
+    except OSError as error:
+        raise UserError(f"PY_SCRIPT={py_script!r}: {path}: {error.strerror}") from error
+
+
+def _words(node: ast.expr, name: str, py_script: str) -> tuple[str, ...]:
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        value = None
+    value = (value,) if isinstance(value, str) else value
+    if not isinstance(value, (tuple, list)) or not all(isinstance(word, str) for word in value):
+        raise UserError(f'{py_script}: {name} must be words, e.g. {name} = ("one", "two")')
+    return tuple(value)
+
+
+def _imports_a_neighbour(tree: ast.Module) -> bool:
+    """Whether the script imports a module of the user's own, which may call run_worker."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = [node.module or "" for node in imports if isinstance(node, ast.ImportFrom)]
+    modules += [a.name for node in imports if isinstance(node, ast.Import) for a in node.names]
+    roots = {module.split(".")[0] for module in modules} - {"hpo"}
+    return any((SCRIPTS / root).is_dir() or (SCRIPTS / f"{root}.py").is_file() for root in roots)
+
+
+# ---------- The one that runs ----------
+
+
+def running(objective: Callable[..., Any]) -> Script:
+    """Return the script that was launched with this objective, which may be any callable.
+
+    A notebook has no file: there it is PY_SCRIPT, or "notebook.py".
+    """
+    own = _globals_of(objective)
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    if own.get("__name__") != "__main__" and any(value is objective for value in main.values()):
+        own, main = main, own  # launched here, defined in a module of its own
+        names: Mapping[str, Any] = ChainMap(own, main)
+    else:
+        names = own
+    file = own.get("__file__")
+    if file and Path(file).is_file():
+        return Script(os.path.relpath(os.path.abspath(file), SCRIPTS), names)
+    return Script(os.environ.get("PY_SCRIPT") or NOTEBOOK, names)
+
+
+def _globals_of(objective: Any) -> dict[str, Any]:
+    """Return the names of the module in which a callable was written."""
+    while isinstance(objective, functools.partial):
+        objective = objective.func
+    if not hasattr(objective, "__globals__") and not hasattr(objective, "__wrapped__"):
+        objective = getattr(objective, "__func__", type(objective).__call__)  # method or instance
+    found = getattr(inspect.unwrap(objective), "__globals__", None)
+    return found if found is not None else vars(sys.modules["__main__"])
+
+
+_taken: list[list[str]] = []  # the words before `--`, once they were taken off the command line
+
+
+def take_arguments() -> None:
+    """Leave the script its own arguments, those after `--`, or SCRIPT_ARGS; keep the worker's.
+
+    Called when hpo.worker is imported, that is before the script looks at its arguments.
+    """
+    words = sys.argv[1:]
+    if "--" in words:
+        at = words.index("--")
+        _taken[:] = [words[:at]]
+        sys.argv[1:] = words[at + 1 :]
+    elif words in ([], ["--check"]) and os.environ.get("SCRIPT_ARGS"):
+        _taken[:] = [words]
+        sys.argv[1:] = Settings.from_env().script_args
+    elif words == ["--check"]:
+        _taken[:] = [words]
+        del sys.argv[1:]
+
+
+def workers_arguments() -> list[str]:
+    """Return the words of the command line that are for the worker."""
+    if Path(sys.argv[0]).name.startswith("ipykernel") or "ipykernel" in sys.modules:
+        return []  # the notebook's own
+    return _taken[0] if _taken else sys.argv[1:]
+
+
+# ---------- Imported, to use its functions ----------
+
+
+def load(py_script: str) -> Script:
+    """Import a script, which runs no trial; it sees none of this program's arguments.
+
+    Raises:
+        UserError: the script, a package that it needs, or its DATA is missing; or it raises.
+    """
+    path = SCRIPTS / py_script
+    _parse(py_script)
+    check_needs(py_script)
+    name = path.stem if path.stem not in sys.modules else f"script_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # processes of a trial find its functions by this name
+    with _as_if_launched(path):
+        try:
+            spec.loader.exec_module(module)
+        except SystemExit:  # at its end, without a line `if __name__ == "__main__":`
+            pass
+        except UserError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {one_line(error)}"
+            if isinstance(error, ModuleNotFoundError) and error.name:
+                why = f"it needs {error.name}; once:\n    {packages.pip_command(error.name)}"
+            raise UserError(f"{py_script} cannot be imported: {why}") from error
+    return Script(py_script, vars(module))
+
+
+@contextmanager
+def _as_if_launched(path: Path) -> Iterator[None]:
+    """Give the script the folder and the arguments that it would have; run_worker does nothing."""
+    arguments, was = sys.argv, settings.imported_by_another
+    for folder in (str(SCRIPTS), str(path.parent)):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    sys.argv = [str(path), *Settings.from_env().script_args]
+    settings.imported_by_another = True
+    try:
+        yield
+    finally:
+        sys.argv, settings.imported_by_another = arguments, was

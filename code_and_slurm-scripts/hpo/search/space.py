@@ -1,0 +1,201 @@
+"""A script's search space: every parameter that search_space(trial) may suggest, and its values.
+
+    space = explore(search_space, study)              name → distribution, of all branches
+    found = combinations(search_space, "grid", study)
+
+It is found by calling search_space with a trial that takes notes.  A configuration that
+search_space refuses (TrialPruned) is not in the space.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    check_distribution_compatibility,
+)
+from optuna.trial import FixedTrial
+
+from hpo.settings import UserError
+from hpo.words import one_line
+
+MOST_COMBINATIONS = 100_000
+MOST_TRIES = 2000  # of search_space, to find its branches
+
+SearchSpace: TypeAlias = "Callable[[Any], Any]"
+Space: TypeAlias = "dict[str, BaseDistribution]"
+
+
+def explore(search_space: SearchSpace, study: optuna.Study | None = None) -> Space:
+    """Return the parameters of every branch that one other value leads to, and so on from there.
+
+    Raises:
+        UserError: search_space fails, or a parameter's choices cannot be kept in a study.
+    """
+    first = _Notes([], study)
+    first.ask(search_space)
+    space: Space = {}
+    seen: set[tuple[int, ...]] = {()}
+    paths: list[list[int]] = [[]]
+    for tries, path in enumerate(paths):  # it grows
+        notes = _Notes(path, study)
+        try:
+            notes.ask(search_space)
+        except UserError:
+            if tries == 0:
+                raise
+            continue  # the trial that comes there will say why
+        new = [name for name in notes.distributions if name not in space]
+        for name in new:
+            space[name] = notes.distributions[name]
+        # Other values of what is new here: each may lead into a branch of its own.
+        for other in notes.variations(new if tries else list(notes.distributions)):
+            if tuple(other) not in seen and len(paths) < MOST_TRIES:
+                seen.add(tuple(other))
+                paths.append(other)
+    check_choices(space)
+    return space
+
+
+def check_choices(space: Space, tuples: bool = True) -> None:
+    """Raise UserError for choices that another worker could not read from the study."""
+    plain = (bool, int, float, str, type(None))
+    for name, distribution in space.items():
+        for choice in getattr(distribution, "choices", ()):
+            parts = choice if isinstance(choice, tuple) and tuples else (choice,)
+            if not all(type(part) in plain for part in parts):
+                raise UserError(
+                    f"search_space: the choices of {name} must be numbers, words, True, False or "
+                    f"None{', or tuples of them' * tuples}, not {one_line(repr(choice), 60)}; "
+                    "suggest a word, and look up what it stands for in a dictionary"
+                )
+
+
+def combinations(
+    search_space: SearchSpace, sampler: str, study: optuna.Study | None = None
+) -> list[dict[str, Any]]:
+    """Return every combination, in an order that is mixed but always the same.
+
+    Raises:
+        UserError: a parameter is continuous, there are too many, or a grid has branches.
+    """
+    found = []
+    path: list[int] | None = []
+    while path is not None:
+        notes = _Notes(path, study)
+        refused = notes.ask(search_space)
+        notes.need_finite(sampler)
+        if not refused:
+            found.append(notes.params)
+        if len(found) > MOST_COMBINATIONS:
+            raise UserError(
+                f"SAMPLER={sampler}: search_space has more than {MOST_COMBINATIONS} combinations; "
+                "shorten its lists"
+            )
+        path = notes.next_path()
+    if sampler == "grid" and len({frozenset(params) for params in found}) > 1:
+        raise UserError("SAMPLER=grid: search_space has branches; use SAMPLER=bruteforce")
+    if not found:
+        raise UserError(f"SAMPLER={sampler}: search_space refuses every combination")
+    random.Random(0).shuffle(found)  # a study that is stopped half-way has seen a bit of all
+    return found
+
+
+class _Notes(FixedTrial):
+    """Takes the value of `path` (indices) for each parameter in turn, then the first ones."""
+
+    def __init__(self, path: list[int], study: optuna.Study | None) -> None:
+        super().__init__({})
+        if study is not None:
+            self.study = study  # a search_space may look at the trials that there are
+        self._path = path
+        self._sizes: list[int] = []  # how many values each parameter has; 0: continuous
+
+    def ask(self, search_space: SearchSpace) -> bool:
+        """Call search_space; return whether it refuses the configuration. Raises UserError."""
+        try:
+            search_space(self)
+        except optuna.TrialPruned:
+            return True
+        except UserError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"search_space fails with the first values: {what}") from error
+        return False
+
+    def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
+        if name not in self._distributions:
+            values = values_of(distribution)
+            position = len(self._sizes)
+            index = self._path[position] if position < len(self._path) else 0
+            self._sizes.append(len(values))
+            self._suggested_params[name] = values[index] if values else distribution.low  # type: ignore[attr-defined]
+            self._distributions[name] = distribution
+        return self._suggested_params[name]
+
+    def variations(self, names: list[str]) -> Iterator[list[int]]:
+        """Return this path with another value for each parameter of `names` in turn."""
+        here = (self._path + [0] * len(self._sizes))[: len(self._sizes)]
+        for position, (name, size) in enumerate(zip(self._distributions, self._sizes, strict=True)):
+            if name in names:
+                for index in range(1, min(size, 200)):
+                    yield [*here[:position], index]
+
+    def need_finite(self, sampler: str) -> None:
+        """Raise UserError if a parameter is continuous."""
+        for name, size in zip(self._distributions, self._sizes, strict=True):
+            if not size:
+                raise UserError(
+                    f"SAMPLER={sampler} needs a finite space, but {name} is continuous; "
+                    f"give a list: suggest_categorical({name!r}, [...])"
+                )
+
+    def next_path(self) -> list[int] | None:
+        """Return the path after this one, the last parameter moving fastest; None at the end."""
+        path = (self._path + [0] * len(self._sizes))[: len(self._sizes)]
+        while path and path[-1] + 1 >= self._sizes[len(path) - 1]:
+            path.pop()
+        return [*path[:-1], path[-1] + 1] if path else None
+
+
+def values_of(distribution: BaseDistribution) -> list[Any]:
+    """Return the values of a parameter; none where there are infinitely many."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        steps = round((distribution.high - distribution.low) / distribution.step)
+        return [distribution.low + i * distribution.step for i in range(steps + 1)]
+    return []
+
+
+def value_at(distribution: BaseDistribution, position: float) -> Any:
+    """Return the value at `position`, from 0 (first) to 1 (last), of a parameter's range."""
+    if isinstance(distribution, IntDistribution) and distribution.log:
+        value = round(distribution.low * (distribution.high / distribution.low) ** position)
+        return min(max(value, distribution.low), distribution.high)
+    if values := values_of(distribution):
+        return values[min(int(position * len(values)), len(values) - 1)]
+    assert isinstance(distribution, FloatDistribution)
+    low, high = distribution.low, distribution.high
+    if distribution.log:
+        return min(low * (high / low) ** position, high)
+    return low + (high - low) * position
+
+
+def fits(known: BaseDistribution, mine: BaseDistribution) -> bool:
+    """Return whether Optuna takes both for one parameter: choices stay, a range may be extended."""
+    try:
+        check_distribution_compatibility(known, mine)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""What people look at: progress, the report and its pictures, the exported model."""

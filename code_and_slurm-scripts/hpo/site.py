@@ -1,0 +1,100 @@
+"""When the site, and not the program, is at fault: a full disk, a lost database, a failing sampler.
+
+No trial fails for it.  The worker tries again for some minutes, then stops with status SITE_FAULT.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from optuna.exceptions import StorageInternalError
+
+from hpo.drain import Drain
+from hpo.search.guard import SearchFailed
+from hpo.words import duration, one_line
+
+T = TypeVar("T")
+
+SITE_FAULT = 75  # exit status; "temporary failure, try again later" in sysexits.h
+GRACES = 5  # grace periods of a lease that a worker tries again
+LONGEST_PAUSE = 30.0  # seconds
+# What a file system or a network says when it, and not the program, is at fault.
+ERRNO = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "EACCES", "ENOTCONN", "ETIMEDOUT"),
+        *("EHOSTDOWN", "EHOSTUNREACH", "ENETUNREACH", "ECONNRESET", "ESHUTDOWN", "EREMOTEIO"),
+        *("EMFILE", "ENFILE", "ENOLCK"),
+    )
+}
+WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed")
+
+log = logging.getLogger("hpo.worker")
+
+
+class SiteFault(Exception):
+    """The site cannot be used, and has not been for minutes."""
+
+
+def fault_of(error: BaseException) -> str:
+    """Return what is wrong with the site, if that is why this was raised; "" otherwise."""
+    for each in _chain(error):
+        if isinstance(each, (StorageInternalError, SearchFailed)):
+            return one_line(each)
+        if isinstance(each, OSError) and each.errno in ERRNO:
+            return one_line(each)
+        if any(words in str(each) for words in WORDS):
+            return one_line(each)
+    return ""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those it came from: torch hides a full disk behind one of its own."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+class Patience:
+    """How long a worker has waited for the site; a trial that ends well ends the wait."""
+
+    def __init__(self, grace: float, drain: Drain) -> None:
+        self._seconds, self._drain = GRACES * grace, drain
+        self._begin: float | None = None
+        self._pause = 0.0
+
+    def call(self, step: Callable[[], T]) -> T:
+        """Return what `step` does, called again while the site is at fault. Raises SiteFault."""
+        while True:
+            try:
+                return step()
+            except Exception as error:
+                if not (fault := fault_of(error)):
+                    raise
+                self.wait(fault)
+
+    def wait(self, fault: str) -> None:
+        """Wait a little longer each time. Raises SiteFault when it has been too long."""
+        now = time.monotonic()
+        if self._begin is None:
+            self._begin, self._pause = now, 0.5
+            log.warning("%s: trying again for %s", fault, duration(self._seconds))
+        if now - self._begin > self._seconds or self._drain.is_due():
+            raise SiteFault(
+                f"{fault}. It is not the trial's fault, which goes back to the queue: mend it "
+                "(space, quota, server), and submit again"
+            )
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE, self._seconds / 4)
+
+    def restore(self) -> None:
+        """Note that all is well."""
+        if self._begin is not None:
+            log.info("it works again, after %s", duration(time.monotonic() - self._begin))
+        self._begin = None

@@ -1,0 +1,196 @@
+"""What a worker remembers of a study's trials, and the one SELECT that brings it up to date.
+
+Pruners and samplers ask for all trials several times per trial. Finished ones never change and are
+kept; of the others only what can have changed is read; and nothing is, while nobody has written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from bisect import insort
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from functools import lru_cache
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    json_to_distribution,
+)
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.study.optuna_private import trial_id as id_of
+from hpo.study.sqlite_file import StudyFile, Version
+
+ALL = tuple(TrialState)
+FINISHED = tuple(state for state in TrialState if state.is_finished())
+BY_ID = id_of
+
+# All there is to know about some trials, as rows (kind, trial, position, …), in one statement:
+# so it is one consistent picture under one shared lock. Its text is nearly always the same, so
+# that sqlite3 finds it prepared; the + keeps SQLite from the index on study_id, which is all rows.
+READ_TRIALS = """
+WITH picked AS (SELECT * FROM trials WHERE trial_id > ? AND +study_id = ?
+                UNION ALL SELECT * FROM trials WHERE trial_id IN ({marks})),
+     full AS (SELECT trial_id FROM picked WHERE state IN ({states}))
+SELECT 0, trial_id, number, state, datetime_start, datetime_complete FROM picked
+UNION ALL SELECT 1, trial_id, param_id, param_name, param_value, distribution_json
+    FROM trial_params WHERE trial_id IN full
+UNION ALL SELECT 2, trial_id, objective, value, value_type, NULL
+    FROM trial_values WHERE trial_id IN full
+UNION ALL SELECT 3, trial_id, step, intermediate_value, intermediate_value_type, NULL
+    FROM trial_intermediate_values WHERE trial_id IN full
+UNION ALL SELECT 4, trial_id, trial_user_attribute_id, key, value_json, NULL
+    FROM trial_user_attributes WHERE trial_id IN full
+UNION ALL SELECT 5, trial_id, trial_system_attribute_id, key, value_json, NULL
+    FROM trial_system_attributes WHERE trial_id IN full
+UNION ALL SELECT 6, study_id, 0, NULL, NULL, NULL FROM studies WHERE study_id = ?
+ORDER BY 1, 2, 3
+"""
+
+
+@lru_cache(maxsize=4096)  # most trials have the same few distributions
+def parse_distribution(text: str) -> BaseDistribution:
+    """Return a distribution as every worker sees it: choices that are tuples stay so.
+
+    JSON knows lists alone, and Optuna takes (8, 8) and [8, 8] for two different choices.
+    """
+    distribution = json_to_distribution(text)
+    if isinstance(distribution, CategoricalDistribution):
+        distribution.choices = tuple(map(_as_tuple, distribution.choices))
+    return distribution
+
+
+def _as_tuple(choice: Any) -> Any:
+    return tuple(map(_as_tuple, choice)) if isinstance(choice, list) else choice
+
+
+class TrialCache:
+    """What this process has read of a study's trials. Those that are finished never change."""
+
+    def __init__(self, study_id: int) -> None:
+        self.study_id = study_id
+        self.finished: dict[int, FrozenTrial] = {}
+        self._unfinished: set[int] = set()
+        self._last = -1  # the highest trial id seen
+        # The finished trials in some states, in order; pruners ask for the same after each report.
+        self._selected: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
+        # What was read besides, as long as the file is as it was in this version.
+        self._version: Version | None = None
+        self._others: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
+
+    def count(self) -> int:
+        """Return how many trials the study has, as far as they were read."""
+        return len(self.finished) + len(self._unfinished)
+
+    def read(self, file: StudyFile, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+        """Read what can have changed; return the trials in `states`, in order.
+
+        Raises KeyError if there is no such study.
+        """
+        known = self._version if states in self._others else None
+        full = [state for state in TrialState if state in states or state in FINISHED]
+        sql, args = question(full, list(self._unfinished), self._last, self.study_id)
+        version, rows = file.read_changed(known, sql, args)
+        if version != self._version:
+            self._version = version
+            self._others.clear()
+        if rows is not None:
+            self._others[states] = [t for t in self._take_in(rows) if t.state in states]
+        if states not in self._selected:
+            finished = sorted(self.finished.values(), key=BY_ID)
+            self._selected[states] = [trial for trial in finished if trial.state in states]
+        trials = self._selected[states].copy()
+        for trial in self._others[states]:
+            insort(trials, trial, key=BY_ID)
+        return trials
+
+    def _take_in(self, rows: list[tuple[Any, ...]]) -> list[FrozenTrial]:
+        """Remember what was read; return the trials that are not finished."""
+        if not rows:
+            raise KeyError(f"There is no study {self.study_id}.")
+        unfinished = []
+        for trial_id, trial in build_trials(rows).items():
+            if trial.state.is_finished():
+                self.finish(trial)
+            else:
+                self._unfinished.add(trial_id)
+                unfinished.append(trial)
+            self._last = max(self._last, trial_id)
+        return unfinished
+
+    def finish(self, trial: FrozenTrial) -> None:
+        """Remember a trial that is finished."""
+        self._unfinished.discard(id_of(trial))
+        if id_of(trial) in self.finished:
+            return
+        self.finished[id_of(trial)] = trial
+        for states, trials in self._selected.items():
+            if trial.state in states:
+                insort(trials, trial, key=BY_ID)
+
+    def ignore_own_write(self) -> None:
+        """Stay up to date: this process wrote once, and only what it has in memory as well."""
+        if self._version is not None:
+            self._version = self._version._replace(writes=self._version.writes + 1)
+
+
+def question(
+    states: Sequence[TrialState], trial_ids: list[int], after: int = sys.maxsize, study_id: int = -1
+) -> tuple[str, tuple[int, ...]]:
+    """Return the SELECT of these trials and of a study's `after` an id; in full if in `states`."""
+    if len(trial_ids) > 10_000:  # too many to be named in SQL: read the study anew
+        trial_ids, after = [], -1
+    names = ",".join(f"'{state.name}'" for state in states)
+    ids = trial_ids + [-1] * ((1 << len(trial_ids).bit_length()) - len(trial_ids))
+    sql = READ_TRIALS.format(marks=",".join("?" * len(ids)), states=names)
+    return sql, (after, study_id, *ids, study_id)
+
+
+def read_trial(file: StudyFile, trial_id: int) -> FrozenTrial:
+    """Return one trial. Raises KeyError."""
+    rows = file.read(*question(ALL, [trial_id]))
+    if not rows:
+        raise KeyError(f"There is no trial {trial_id}.")
+    return build_trials(rows)[trial_id]
+
+
+def build_trials(rows: list[tuple[Any, ...]]) -> dict[int, FrozenTrial]:
+    """Make trials of the rows of READ_TRIALS."""
+    found: dict[int, dict[str, Any]] = {}
+    for kind, trial_id, position, a, b, c in rows:
+        if kind == 0:
+            found[trial_id] = {
+                "number": position, "trial_id": trial_id, "state": TrialState[a],
+                "datetime_start": to_time(b), "datetime_complete": to_time(c), "params": {},
+                "distributions": {}, "values": [], "intermediate_values": {}, "user_attrs": {},
+                "system_attrs": {},
+            }  # fmt: skip
+        elif kind == 1:
+            distribution = found[trial_id]["distributions"][a] = parse_distribution(c)
+            found[trial_id]["params"][a] = distribution.to_external_repr(b)
+        elif kind == 2:
+            found[trial_id]["values"].append(to_float(a, b))
+        elif kind == 3:
+            found[trial_id]["intermediate_values"][position] = to_float(a, b)
+        elif kind in (4, 5):
+            found[trial_id]["user_attrs" if kind == 4 else "system_attrs"][a] = json.loads(b)
+    return {
+        trial_id: FrozenTrial(value=None, **{**fields, "values": fields["values"] or None})
+        for trial_id, fields in found.items()
+    }
+
+
+def to_float(value: float | None, kind: str) -> float:
+    special = {"NAN": math.nan, "INF_POS": math.inf, "INF_NEG": -math.inf}
+    return special[kind] if value is None else value
+
+
+def to_time(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    utc = datetime.fromisoformat(text).replace(tzinfo=timezone.utc)
+    return utc.astimezone().replace(tzinfo=None)

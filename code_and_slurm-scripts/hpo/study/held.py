@@ -1,0 +1,299 @@
+"""The trials that this process runs: how they are claimed, changed, returned and finished.
+
+A claim gives a lease (leases.py).  Each write here renews it and checks it in the same transaction:
+a worker that was taken for dead, and whose trial another one has, can write no more.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sqlite3
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    check_distribution_compatibility,
+    distribution_to_json,
+)
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.study import tables
+from hpo.study.cache import BY_ID, TrialCache, parse_distribution, read_trial
+from hpo.study.leases import Leases
+from hpo.study.optuna_private import trial_id as id_of
+from hpo.study.optuna_private import with_trial_id
+from hpo.study.sqlite_file import LOCK, StudyFile
+from hpo.words import to_json
+
+
+class NoTrialLeft(OptunaError, KeyError):
+    """The study has all of its trials; some of them may still be running elsewhere.
+
+    A KeyError, because Optuna's gRPC server hands on no other one of a new trial.
+    """
+
+
+class LeaseLost(UpdateFinishedTrialError):
+    """The trial is no longer this worker's: it was returned to the queue, or finished elsewhere.
+
+    Nothing was written, and nothing more can be: drop the trial.
+    """
+
+
+@dataclass
+class _Held:
+    """A trial as it is now, and the parameters not yet in the file."""
+
+    study_id: int
+    trial: FrozenTrial
+    reports: int  # that it had when it was claimed
+    unwritten: dict[str, tuple[float, BaseDistribution]] = field(default_factory=dict)
+
+
+class HeldTrials:
+    """This worker's trials, in memory and in the file."""
+
+    def __init__(
+        self, file: StudyFile, leases: Leases, worker: str, caches: dict[int, TrialCache]
+    ) -> None:
+        self._file, self._leases, self._worker, self._caches = file, leases, worker, caches
+        self._held: dict[int, _Held] = {}
+        self._distributions: dict[tuple[int, str], BaseDistribution] = {}
+
+    def _hold(self, study_id: int, trial: FrozenTrial) -> None:
+        self._held[id_of(trial)] = _Held(study_id, trial, len(trial.intermediate_values))
+
+    def add(self, db: sqlite3.Connection, study_id: int, trial: FrozenTrial, mine: bool) -> None:
+        """Insert a trial, and take its lease if it is this worker's."""
+        with_trial_id(trial, tables.insert_trial(db, study_id, trial))
+        if mine:
+            self._leases.take(db, id_of(trial))
+
+    def hold_new(self, study_id: int, trial: FrozenTrial) -> None:
+        """Keep a trial in memory whose transaction has ended well."""
+        self._hold(study_id, trial)
+
+    def claim(self, trial_id: int) -> bool:
+        """Take a waiting trial, with its lease; False if somebody else was faster.
+
+        Raises KeyError; UpdateFinishedTrialError if it is finished.
+        """
+        state = "SELECT state, study_id FROM trials WHERE trial_id = ?"
+        if not (rows := self._file.read(state, (trial_id,))):
+            raise KeyError(f"There is no trial {trial_id}.")
+        if rows[0][0] == "WAITING":  # otherwise do not even ask for the lock
+            with LOCK:
+                with self._file.write() as db:
+                    claimed = db.execute(
+                        "UPDATE trials SET state = 'RUNNING', datetime_start = ? "
+                        "WHERE trial_id = ? AND state = 'WAITING'",
+                        (tables.to_text(datetime.now()), trial_id),
+                    ).rowcount
+                    if claimed:
+                        self._leases.take(db, trial_id)
+                if claimed:
+                    self._hold(rows[0][1], read_trial(self._file, trial_id))
+                    return True
+        if TrialState[rows[0][0]].is_finished():
+            raise UpdateFinishedTrialError(f"Trial {trial_id} is finished: it cannot be changed.")
+        return False
+
+    # ---- writes ----------------------------------------------------------------------------
+
+    def _begin_change(self, db: sqlite3.Connection, trial_id: int) -> None:
+        """Check the right to change a trial, renew its lease, and write what waits.
+
+        A trial without a lease (stock Optuna's) may be changed by everybody until it is finished.
+        Raises LeaseLost, UpdateFinishedTrialError, or KeyError when there is no such trial.
+        """
+        if self._leases.renew(db, trial_id):
+            held = self._held.get(trial_id)
+            for name, (value, distribution) in (held.unwritten if held else {}).items():
+                db.execute(
+                    tables.SET_PARAM, (trial_id, name, value, distribution_to_json(distribution))
+                )
+            return
+        row = db.execute(
+            "SELECT state, number, owner, leases.trial_id FROM trials LEFT JOIN leases "
+            "USING (trial_id) WHERE trials.trial_id = ?",
+            (trial_id,),
+        ).fetchone()
+        if row is None:
+            raise KeyError(f"There is no trial {trial_id}.")
+        state, number, owner, leased = row
+        if leased or trial_id in self._held:
+            by = f"held by {owner}" if owner else f"now {state}"
+            raise LeaseLost(f"Trial {number} is no longer this worker's: it is {by}.")
+        if TrialState[state].is_finished():
+            raise UpdateFinishedTrialError(f"Trial {number} is finished: it cannot be changed.")
+
+    @contextmanager
+    def _change(self, trial_id: int, **changes: Any) -> Iterator[sqlite3.Connection]:
+        """Give one transaction; then note in memory what it wrote.
+
+        To a copy of the trial: readers keep the old one.
+        """
+        with LOCK:
+            with self._file.write() as db:
+                self._begin_change(db, trial_id)
+                yield db
+            if (held := self._held.get(trial_id)) is None:
+                return
+            held.unwritten = {}
+            if cache := self._caches.get(held.study_id):
+                cache.ignore_own_write()
+            held.trial = copy.copy(held.trial)
+            for name, entries in changes.items():
+                setattr(held.trial, name, {**getattr(held.trial, name), **entries})
+
+    @contextmanager
+    def _last_change(self, trial_id: int) -> Iterator[sqlite3.Connection]:
+        """Give one transaction after which the trial is no longer held, nor if it was lost."""
+        with LOCK:
+            try:
+                with self._file.write() as db:
+                    self._begin_change(db, trial_id)
+                    yield db
+            except LeaseLost:
+                self._held.pop(trial_id, None)
+                raise
+            self._held.pop(trial_id, None)
+
+    def renew(self, trial_id: int) -> None:
+        """Renew the lease, and write the parameters if they wait for a report. Raises LeaseLost."""
+        with self._change(trial_id):
+            pass
+
+    def set_report(self, trial_id: int, step: int, value: float) -> None:
+        """Write an intermediate value."""
+        with self._change(trial_id, intermediate_values={step: float(value)}) as db:
+            db.execute(tables.SET_REPORT, (trial_id, step, *tables.to_stored(value)))
+
+    def set_attribute(self, kind: str, trial_id: int, key: str, value: Any) -> None:
+        """Write a user or system attribute."""
+        stored = json.loads(to_json(value))  # as every reader of the file will see it
+        with self._change(trial_id, **{f"{kind}_attrs": {key: stored}}) as db:
+            tables.set_attribute(db, f"trial_{kind}", trial_id, key, value)
+
+    def set_param(
+        self, trial_id: int, name: str, value: float, distribution: BaseDistribution
+    ) -> None:
+        """Set a parameter; of a trial held here, it is written with the next report."""
+        distribution = parse_distribution(distribution_to_json(distribution))
+        with LOCK:
+            held = self._held.get(trial_id)
+            if held is not None:
+                self._check_distribution(held.study_id, name, distribution)
+                if name not in held.trial.params:
+                    held.unwritten[name] = (value, distribution)
+                    trial = held.trial = copy.copy(held.trial)
+                    trial.params = {**trial.params, name: distribution.to_external_repr(value)}
+                    trial.distributions = {**trial.distributions, name: distribution}
+                return
+            with self._file.write() as db:
+                self._begin_change(db, trial_id)
+                study = "SELECT study_id FROM trials WHERE trial_id = ?"
+                (study_id,) = db.execute(study, (trial_id,)).fetchone()
+                self._check_distribution(study_id, name, distribution)
+                text = distribution_to_json(distribution)
+                db.execute(tables.SET_PARAM, (trial_id, name, value, text))
+
+    def _check_distribution(self, study_id: int, name: str, distribution: BaseDistribution) -> None:
+        if (study_id, name) not in self._distributions:
+            rows = self._file.read(
+                "SELECT distribution_json FROM trials JOIN trial_params USING (trial_id) "
+                "WHERE study_id = ? AND param_name = ? LIMIT 1",
+                (study_id, name),
+            )
+            first = parse_distribution(rows[0][0]) if rows else distribution
+            self._distributions[study_id, name] = first
+        check_distribution_compatibility(self._distributions[study_id, name], distribution)
+
+    def ids(self) -> list[int]:
+        """Return the ids of the trials that are held here."""
+        return list(self._held)
+
+    def give_back(self, trial_id: int, *, excused: bool, crashed: bool = False) -> TrialState:
+        """Return a trial to the queue, or fail it if it comes back too often. Raises LeaseLost."""
+        held = self._held.get(trial_id)
+        advanced = held is None or len(held.trial.intermediate_values) > held.reports
+        with self._last_change(trial_id) as db:
+            return self._leases.give_back(
+                db, trial_id, crashed=crashed, advanced=advanced or excused
+            )
+
+    def finish(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> None:
+        """Write the last values and the state. Raises LeaseLost."""
+        with LOCK:
+            held = self._held.get(trial_id)
+            with self._last_change(trial_id) as db:
+                tables.set_values(db, trial_id, values)
+                if self._worker:
+                    tables.set_attribute(db, "trial_user", trial_id, "worker", self._worker)
+                now = tables.finish(db, trial_id, state)
+            if held is not None and (cache := self._caches.get(held.study_id)):
+                cache.finish(self._as_finished(held.trial, state, values, now))
+
+    def _as_finished(
+        self,
+        running: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+        now: datetime,
+    ) -> FrozenTrial:
+        """Return the trial as it now is in the file: it need not be read."""
+        trial = copy.copy(running)
+        trial.state, trial.datetime_complete = state, now
+        trial.values = None if values is None else [float(value) for value in values]
+        if self._worker:
+            trial.user_attrs = {**trial.user_attrs, "worker": self._worker}
+        return trial
+
+    def retry_failed(self, study_id: int) -> list[int]:
+        """Make all FAIL trials of a study WAITING; return their numbers."""
+        failed = "SELECT trial_id FROM trials WHERE study_id = ? AND state = 'FAIL'"
+        with self._file.write() as db:
+            rows = db.execute(
+                f"SELECT number FROM trials WHERE trial_id IN ({failed})", (study_id,)
+            )
+            numbers = [int(number) for (number,) in rows]
+            db.execute(
+                "DELETE FROM trial_user_attributes WHERE key IN ('fail_reason', 'worker') "
+                f"AND trial_id IN ({failed})",
+                (study_id,),
+            )
+            db.execute(
+                "UPDATE trials SET state = 'WAITING', datetime_complete = NULL "
+                f"WHERE trial_id IN ({failed})",
+                (study_id,),
+            )
+        return sorted(numbers)
+
+    # ---- reads -----------------------------------------------------------------------------
+
+    def get(self, trial_id: int) -> FrozenTrial | None:
+        """Return a copy of a trial that is held here: optuna.Trial writes into what it is given."""
+        if (held := self._held.get(trial_id)) is None:
+            return None
+        trial = copy.copy(held.trial)
+        for name in (
+            *("params", "distributions", "user_attrs", "system_attrs"),
+            "intermediate_values",
+        ):
+            setattr(trial, name, dict(getattr(trial, name)))
+        return trial
+
+    def lay_over(self, trials: list[FrozenTrial]) -> None:
+        """Replace what was read of the trials that are held here by what they are now."""
+        for trial_id, held in self._held.items():
+            i = bisect_left(trials, trial_id, key=BY_ID)
+            here = trials[i] if i < len(trials) else None
+            if here and (id_of(here), here.state) == (trial_id, TrialState.RUNNING):
+                trials[i] = held.trial

@@ -1,0 +1,142 @@
+"""Leases: who may report and finish a trial, and when a dead worker's trial is taken back.
+
+A lease is a row beside Optuna's tables (study_file.py makes the table). A claim writes it, every
+write of the holder moves its counter, and a thread of the worker does so between reports. Whoever
+sees a counter stand still for `grace` seconds of his own monotonic clock takes the trial back:
+clocks of different hosts are never compared. `owner` is the worker's name, for people, and behind
+a slash the token of its process. It is NULL while the trial waits in the queue; the row, and with
+it the number of attempts that came to nothing, goes when the trial is finished.
+"""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+import time
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from optuna.trial import TrialState
+
+from hpo.study import tables as tables
+from hpo.study.sqlite_file import LOCK, StudyFile
+
+TAKE = """INSERT INTO leases (trial_id, owner, job_id, host, counter, attempts)
+VALUES (?, ?, ?, ?, 0, 0) ON CONFLICT (trial_id) DO UPDATE SET owner = excluded.owner,
+    job_id = excluded.job_id, host = excluded.host, counter = counter + 1"""
+RENEW = """UPDATE leases SET counter = counter + 1 WHERE trial_id = ? AND owner = ?
+AND EXISTS (SELECT 1 FROM trials t WHERE t.trial_id = leases.trial_id AND state = 'RUNNING')"""
+FREE = "UPDATE leases SET owner = NULL, attempts = attempts + ? WHERE trial_id = ?"
+RUNNING = """SELECT trial_id, number, owner, counter, job_id FROM leases
+JOIN trials USING (trial_id) WHERE study_id = ? AND state = 'RUNNING' AND owner IS NOT NULL"""
+
+
+class Lease(NamedTuple):
+    """Another worker's lease as it was read; if it is still so, nobody has renewed it."""
+
+    trial_id: int
+    number: int
+    owner: str
+    counter: int
+
+
+@dataclass
+class _Watched:
+    lease: Lease
+    looked: float  # this host's monotonic clock, in seconds
+    still: float = 0.0  # for how long the counter has not moved
+
+
+class Leases:
+    """One worker's leases, and its watch over those of the others; see SQLiteStorage."""
+
+    def __init__(
+        self, worker: str, token: str, job_id: str, grace: float, max_attempts: int
+    ) -> None:
+        # The token tells this process from an earlier one on the same GPU.
+        self.owner = f"{worker}/{token or uuid.uuid4().hex[:12]}"
+        self.job_id, self.grace, self.max_attempts = job_id, grace, max_attempts
+        self._watched: dict[int, _Watched] = {}
+
+    def take(self, db: sqlite3.Connection, trial_id: int) -> None:
+        """Make the trial this worker's; the caller has just made or claimed it."""
+        db.execute(TAKE, (trial_id, self.owner, self.job_id, socket.gethostname()))
+
+    def renew(self, db: sqlite3.Connection, trial_id: int) -> bool:
+        """Move the counter; False if the trial is not, or is no longer, this worker's."""
+        return bool(db.execute(RENEW, (trial_id, self.owner)).rowcount)
+
+    def give_back(
+        self, db: sqlite3.Connection, trial_id: int, *, crashed: bool, advanced: bool = False
+    ) -> TrialState:
+        """Return a trial to the queue; or fail it, if too many attempts came to nothing.
+
+        Such an attempt has crashed, or has not advanced by one report.
+        """
+        db.execute(FREE, (int(crashed or not advanced), trial_id))
+        sql = "SELECT attempts, host, job_id FROM leases WHERE trial_id = ?"
+        row = db.execute(sql, (trial_id,)).fetchone()
+        attempts, host, job_id = row or (0, "", "")  # no row: stock Optuna's trial
+        if attempts < self.max_attempts or (advanced and not crashed):
+            db.execute("UPDATE trials SET state = 'WAITING' WHERE trial_id = ?", (trial_id,))
+            return TrialState.WAITING
+        what = "crashed" if crashed else "came back without one new epoch"
+        reason = f"{what} {attempts} times, the last time on {host}"
+        reason += f" in job {job_id}" if job_id else ""
+        if not crashed:
+            reason += ": does an epoch take longer than the job? Report more often, or --time"
+        tables.set_attribute(db, "trial_user", trial_id, "fail_reason", reason)
+        tables.finish(db, trial_id, TrialState.FAIL)
+        return TrialState.FAIL
+
+    def held(self, file: StudyFile, study_id: int) -> list[Lease]:
+        """Return the leases of a study that somebody holds."""
+        return [Lease(*row) for *row, _ in file.read(RUNNING, (study_id,))]
+
+    def find_owned(self, file: StudyFile, study_id: int, token: str) -> list[Lease]:
+        """Return the leases of the process with that token."""
+        return [x for x in self.held(file, study_id) if x.owner.rpartition("/")[2] == token]
+
+    def find_stale(
+        self, file: StudyFile, study_id: int, alive_jobs: Collection[str] | None
+    ) -> list[Lease]:
+        """Look at all leases of a study once, and return those that nobody renews any more."""
+        with LOCK:
+            before, self._watched = self._watched, {}
+            stale = []
+            for *row, job_id in file.read(RUNNING, (study_id,)):
+                lease = Lease(*row)
+                watched = self._watch(lease, before.get(lease.trial_id))
+                if self._has_ended(job_id, alive_jobs) or watched.still >= self.grace:
+                    stale.append(lease)
+        return stale
+
+    def _has_ended(self, job_id: str, alive_jobs: Collection[str] | None) -> bool:
+        """Whether a job is known to be over: 12 and 12.1 are one job before and after a requeue."""
+        if alive_jobs is None or job_id in ("", self.job_id):
+            return False
+        number = job_id.split(".")[0]
+        return number not in alive_jobs or number == self.job_id.split(".")[0]
+
+    def _watch(self, lease: Lease, before: _Watched | None) -> _Watched:
+        watched = self._watched[lease.trial_id] = _Watched(lease, time.monotonic())
+        if before is not None and before.lease == lease:
+            # A gap in which this observer itself was stopped (a suspended host, a file system
+            # that hangs) counts half a grace at most: then the others may have been, too.
+            watched.still = before.still + min(watched.looked - before.looked, self.grace / 2)
+        return watched
+
+    def take_back(self, file: StudyFile, lease: Lease, crashed: bool = True) -> bool:
+        """Return a dead worker's trial; False if it has moved since it was read.
+
+        A worker that was ended (`crashed` is false) may have come far: that is no lost attempt.
+        """
+        with file.write() as db:
+            state = "SELECT state, owner, counter FROM leases JOIN trials USING (trial_id) "
+            now = db.execute(state + "WHERE trial_id = ?", (lease.trial_id,)).fetchone()
+            if now != ("RUNNING", lease.owner, lease.counter):
+                return False
+            self.give_back(db, lease.trial_id, crashed=crashed, advanced=not crashed)
+            return True

@@ -1,0 +1,286 @@
+"""The study's file: one SQLite connection, short transactions, backups, and clear errors.
+
+Everything here is about the file; what is in it is held.py's and studies.py's business. The
+rules, and the failure that each of them prevents:
+
+* Rollback journal, never WAL: WAL needs memory shared by all hosts, which no file system gives.
+  It stays as study.db-journal, its header empty (PERSIST): to create and delete it for each
+  commit costs two more rounds with the disk, or with a file server.
+* synchronous=FULL: a trial that was reported as finished survives a power cut.
+* BEGIN IMMEDIATE: who reads and then writes cannot meet "database is locked" half-way.
+* Our own retry: SQLite's sleeps up to 100 ms at a time; its bad name for parallel work is that.
+* Never open() this file in a process that uses it: closing any descriptor of a file drops all
+  of the process's POSIX locks on it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+
+from hpo.files import sync
+
+T = TypeVar("T")
+
+SCHEMA = "v3.2.0.a"  # Optuna 5.0's own name for its tables (alembic_version)
+
+# Ours, beside Optuna's tables; Optuna ignores it. `owner` is NULL while the trial waits in the
+# queue; the row goes when the trial is finished. The trigger is for a study that stock Optuna
+# deletes: SQLite gives its trial ids to the next study.
+LEASES = (
+    """CREATE TABLE IF NOT EXISTS leases (
+    trial_id INTEGER PRIMARY KEY, owner TEXT, job_id TEXT NOT NULL, host TEXT NOT NULL,
+    counter INTEGER NOT NULL, attempts INTEGER NOT NULL)""",
+    """CREATE TRIGGER IF NOT EXISTS lease_of_deleted_trial AFTER DELETE ON trials
+    BEGIN DELETE FROM leases WHERE trial_id = OLD.trial_id; END""",
+)
+
+
+class Version(NamedTuple):
+    """Of a study's file, as one process sees it: if it is the same, nothing has changed."""
+
+    connection: int  # the process's first, second, …; `others` begins anew in each
+    writes: int  # of this process
+    others: int  # SQLite's data_version: it moves when somebody else has written
+
+
+# One thread at a time, for all studies of the process. Taken around fork() as well, so that a
+# child never inherits a half-done transaction, which it would roll back in the parent's file.
+LOCK = threading.RLock()
+os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
+_inherited: list[sqlite3.Connection] = []  # a parent's connections: kept, because closing acts
+
+
+class StudyFileError(StorageInternalError):
+    """The study's file cannot be used; the message says which file, why, and what to do."""
+
+
+class StudyBusy(StudyFileError):
+    """Somebody held the lock for the whole time limit, or this file system has no locks."""
+
+
+class CorruptStudy(StudyFileError):
+    """The file is not a healthy study. It was left untouched."""
+
+
+class DiskFull(StudyFileError):
+    """A write did not fit. The file is as it was before; go on when there is space."""
+
+
+def explain(error: sqlite3.Error, path: str) -> Exception:
+    """Return SQLite's error in the user's terms (by its text: Python 3.10 has no codes)."""
+    text = str(error)
+    if "not a database" in text or "malformed" in text:
+        return CorruptStudy(f"{path} is damaged ({text}). It was left as it is: restore a backup.")
+    if "full" in text or "disk I/O error" in text:
+        return DiskFull(f"Cannot write {path}: disk full, over quota, or failing ({text}).")
+    if "unable to open" in text or "readonly" in text:
+        return StudyFileError(f"Cannot write {path}: missing, not writable, or disk full ({text}).")
+    return StudyFileError(f"{path}: {text}") if type(error) is sqlite3.OperationalError else error
+
+
+def create_study_file(
+    path: str, study_name: str | None = None, directions: Sequence[str] = ("minimize",)
+) -> bool:
+    """Make the file with Optuna's own tables, and its first study if a name is given.
+
+    Safe when several processes do it at once, even where file locks do not work: the whole file
+    is built under another name, and a hard link gives it its own, which only one process can do.
+    Returns whether this call made the file. Raises DiskFull, StudyFileError, or OSError where
+    the folder is missing.
+    """
+    memory = sqlite3.connect(":memory:")
+    stock = RDBStorage("sqlite://", engine_kwargs={"creator": lambda: memory})
+    if study_name is not None:
+        stock.create_new_study([StudyDirection[d.upper()] for d in directions], study_name)
+    stock.remove_session()
+    for statement in LEASES:
+        memory.execute(statement)
+    with _new_copy(memory, path) as copy:
+        stock.engine.dispose()
+        try:
+            os.link(copy, path)
+        except FileExistsError:
+            return False
+    return True
+
+
+@contextmanager
+def _new_copy(source: sqlite3.Connection, target: str) -> Iterator[str]:
+    """Give the path of a copy of `source` beside `target`, on the disk; removed at the end."""
+    folder, name = os.path.split(target)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.new")
+    try:
+        with closing(sqlite3.connect(temporary)) as copy:
+            copy.execute("PRAGMA journal_mode = OFF")  # nobody else sees this file yet
+            source.backup(copy, sleep=0.005)
+            if copy.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise sqlite3.DatabaseError("database disk image is malformed")
+        sync(temporary)
+        yield temporary
+        sync(folder)
+    except sqlite3.Error as error:
+        raise explain(error, target) from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+class StudyFile:
+    """One SQLite file and this process's connection to it; created if it does not exist.
+
+    `timeout` is in seconds: how long to wait for the lock. Safe with threads, fork and pickle.
+    Raises CorruptStudy, StudyBusy, DiskFull or StudyFileError, all of them StudyFileError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], timeout: float = 60.0) -> None:
+        self.path = os.path.abspath(path)
+        self.timeout = timeout
+        self._connection: sqlite3.Connection | None = None
+        self._pid = os.getpid()
+        self._connections = self._writes = 0
+        if not os.path.exists(self.path):
+            create_study_file(self.path)
+        self._check()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_connection": None}
+
+    def _check(self) -> None:
+        if os.path.getsize(self.path) == 0:
+            raise CorruptStudy(f"{self.path} is empty. It was left as it is: delete it to start.")
+        if (health := self.read("PRAGMA quick_check(1)")[0][0]) != "ok":
+            raise CorruptStudy(f"{self.path} is damaged ({health}). It was left as it is.")
+        tables = {name for (name,) in self.read("SELECT name FROM sqlite_master")}
+        if not {"trials", "alembic_version"} <= tables:
+            raise CorruptStudy(f"{self.path} is no Optuna study. It was left as it is.")
+        if (version := self.read("SELECT version_num FROM alembic_version")) != [(SCHEMA,)]:
+            raise StudyFileError(f"{self.path} is of another Optuna ({version}): not {SCHEMA}.")
+        if not {"leases", "lease_of_deleted_trial"} <= tables:  # a study that stock Optuna made
+            with self.write() as db:
+                for statement in LEASES:
+                    db.execute(statement)
+
+    def connection(self) -> sqlite3.Connection:
+        """Return this process's connection; after a fork, a new one."""
+        if self._connection is not None and self._pid != os.getpid():
+            _inherited.append(self._connection)
+            self._connection = None
+        if self._connection is None:
+            self._pid = os.getpid()
+            self._connections += 1
+            self._connection = sqlite3.connect(
+                f"{Path(self.path).as_uri()}?mode=rw",  # never create a second, empty file
+                uri=True, timeout=0, isolation_level=None, check_same_thread=False,
+            )  # fmt: skip
+            for setting in ("journal_mode = PERSIST", "synchronous = FULL", "temp_store = MEMORY"):
+                self._patiently(self._connection.execute, f"PRAGMA {setting}").fetchall()
+        return self._connection
+
+    def close(self) -> None:
+        """Close the connection; the next use opens another."""
+        with LOCK:
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+                self._connection = None
+
+    def _patiently(self, step: Callable[..., T], *args: Any) -> T:
+        """Call `step` until the lock is free. Raises StudyBusy after `timeout` seconds."""
+        start = time.monotonic()
+        while True:
+            try:
+                return step(*args)
+            except sqlite3.OperationalError as error:
+                waited = time.monotonic() - start
+                if "locked" not in str(error):
+                    raise
+                if waited > self.timeout:
+                    raise StudyBusy(
+                        f"{self.path} stayed locked for {self.timeout:.0f} s. Is a worker stopped "
+                        "half-way, or has this file system no locks (see check_cluster.py)?"
+                    ) from error
+            # At first below a millisecond; later up to 20 ms, to spare a network file system.
+            time.sleep(random.uniform(0.0002, min(0.001 + waited / 50, 0.02)))
+
+    def read(self, sql: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Return all rows of one SELECT, which is one consistent picture."""
+        with LOCK:
+            try:
+                db = self.connection()
+                return self._patiently(lambda: db.execute(sql, args).fetchall())
+            except sqlite3.Error as error:
+                raise explain(error, self.path) from error
+
+    def read_changed(
+        self, known: Version | None, sql: str, args: Sequence[Any]
+    ) -> tuple[Version, list[tuple[Any, ...]] | None]:
+        """Return the file's version, and all rows of one SELECT unless that version is `known`."""
+        with LOCK:
+            try:
+                return self._patiently(self._read_changed, self.connection(), known, sql, args)
+            except sqlite3.Error as error:
+                raise explain(error, self.path) from error
+
+    def _read_changed(
+        self, db: sqlite3.Connection, known: Version | None, sql: str, args: Sequence[Any]
+    ) -> tuple[Version, list[tuple[Any, ...]] | None]:
+        db.execute("BEGIN")  # one shared lock for both: the rows are those of this version
+        try:
+            (others,) = db.execute("PRAGMA data_version").fetchone()
+            version = Version(self._connections, self._writes, others)
+            return version, None if version == known else db.execute(sql, args).fetchall()
+        finally:
+            if db.in_transaction:
+                db.execute("ROLLBACK")  # nothing was written
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection inside one transaction: all of it is on the disk, or nothing."""
+        with LOCK:
+            db = None
+            try:
+                db = self.connection()
+                self._patiently(db.execute, "BEGIN IMMEDIATE")
+                self._writes += 1
+                yield db
+                self._patiently(db.execute, "COMMIT")
+            except BaseException as error:
+                if db is not None and db.in_transaction:
+                    try:
+                        db.execute("ROLLBACK")
+                    except sqlite3.Error:
+                        self.close()  # the next one to open the file rolls it back
+                if isinstance(error, sqlite3.Error):
+                    raise explain(error, self.path) from error
+                raise
+
+    def backup(self, target: str | os.PathLike[str], max_age: float = 60.0) -> bool:
+        """Copy the study to `target` unless that is younger than `max_age` seconds.
+
+        The copy is consistent (sqlite3's backup), checked and on the disk before it takes the
+        name; a damaged study never replaces a good backup. Returns whether a copy was made.
+        Raises CorruptStudy, DiskFull.
+        """
+        target = os.path.abspath(target)
+        with suppress(FileNotFoundError):
+            # A time in the future was set by a host with another clock: it says nothing.
+            if 0 <= time.time() - os.stat(target).st_mtime < max_age:
+                return False
+        with (
+            closing(sqlite3.connect(f"{Path(self.path).as_uri()}?mode=rw", uri=True)) as source,
+            _new_copy(source, target) as copy,
+        ):
+            os.replace(copy, target)
+        return True

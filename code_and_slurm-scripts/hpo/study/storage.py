@@ -1,0 +1,326 @@
+"""An Optuna storage for many workers on one SQLite file: each trial is run once, to its end.
+
+The tables are Optuna's own, so stock Optuna, its dashboard or a stock worker may open the same
+file at any time. What differs from Optuna's own SQLite storage:
+
+* One transaction per event, and the parameters of a trial go with its first report: 6 commits
+  for a trial with 8 parameters and 4 reports, in place of 23.
+* Incremental reads (cache.py): finished trials are kept in memory, and what has changed is
+  one SELECT, or none while nobody has written.
+* Atomic claims: study.ask() takes a waiting trial, or makes a new one up to `total_trials`.
+* Leases: a claim gives the right to report and to finish; every write renews it, and checks it in
+  the same transaction (held.py). A lease that is no longer renewed is taken back (leases.py): the
+  trial returns to the queue with its parameters and intermediate values, and its former holder
+  can write no more.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sqlite3
+from collections.abc import Collection, Container, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.settings import Settings
+from hpo.study import tables
+from hpo.study.cache import ALL, TrialCache, read_trial
+from hpo.study.held import HeldTrials, LeaseLost, NoTrialLeft
+from hpo.study.leases import Leases
+from hpo.study.optuna_private import FrozenStudy
+from hpo.study.optuna_private import trial_id as id_of
+from hpo.study.sqlite_file import LOCK, StudyFile
+from hpo.study.studies import Studies
+
+__all__ = ["LeaseLost", "NoTrialLeft", "SQLiteStorage"]
+
+
+class SQLiteStorage(BaseStorage):
+    """Optuna's storage on one SQLite file, shared by many workers.
+
+    `worker` names this worker, for people; finished trials get it as their user attribute
+    `worker`, if there is one. `token` tells this process from all others; by default a new one.
+    `job_id` is the Slurm job that it belongs to, "" for none. `total_trials` is the number of
+    trials the study ends with, None for no limit. `grace` is in seconds: a lease that has not
+    moved for so long, on the observer's own clock, is stale. After `max_attempts` crashes, or
+    returns without a new report, a trial is FAIL. `timeout` is in seconds: how long to wait for
+    the file's lock.
+    Raises hpo.study.sqlite_file.StudyFileError (CorruptStudy, StudyBusy, DiskFull).
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        worker: str = "",
+        token: str = "",
+        job_id: str = "",
+        total_trials: int | None = None,
+        grace: float = 60.0,
+        max_attempts: int = 3,
+        timeout: float = 60.0,
+    ) -> None:
+        self.file = StudyFile(path, timeout)
+        self.total_trials = total_trials
+        self._worker = worker
+        self._leases = Leases(worker, token, job_id, grace, max_attempts)
+        self._studies = Studies(self.file)
+        self._forget()
+
+    @classmethod
+    def of(cls, settings: Settings, path: Path, worker: str) -> SQLiteStorage:
+        """Return the storage of one worker of a job."""
+        return cls(
+            path,
+            worker=worker,
+            token=settings.token,
+            job_id=settings.job_id,
+            total_trials=settings.total_trials,
+            grace=settings.lease_grace,
+            max_attempts=settings.max_attempts,
+        )
+
+    def _forget(self) -> None:
+        self._caches: dict[int, TrialCache] = {}
+        self._held = HeldTrials(self.file, self._leases, self._worker, self._caches)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy elsewhere reads for itself.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_held", "_caches")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def remove_session(self) -> None:
+        """Close the connection to the file; the next use opens another."""
+        self.file.close()
+
+    def backup(self, target: str | os.PathLike[str], max_age: float = 60.0) -> bool:
+        """Copy the study's file unless the copy is younger than that; see StudyFile.backup."""
+        return self.file.backup(target, max_age)
+
+    # ---- claim, renew, return --------------------------------------------------------------
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """Add a trial; without a template it is this worker's, with a lease.
+
+        The trials are counted in the same transaction: raises NoTrialLeft instead of going over
+        `total_trials`, whatever else happens at the same time. Raises KeyError without a study.
+        """
+        if self.total_trials is not None and study_id in self._caches:
+            self._check_budget(self._caches[study_id].count())  # no need to ask for the lock
+        mine = template_trial is None
+        trial = copy.deepcopy(template_trial) or tables.new_trial(datetime.now())
+        with LOCK:
+            with self.file.write() as db:
+                trial.number = self._next_number(db, study_id)
+                self._held.add(db, study_id, trial, mine)
+            if mine:
+                self._held.hold_new(study_id, trial)
+        return id_of(trial)
+
+    def _next_number(self, db: sqlite3.Connection, study_id: int) -> int:
+        row = db.execute(
+            "SELECT (SELECT count(*) FROM trials t WHERE t.study_id = s.study_id) "
+            "FROM studies s WHERE study_id = ?",
+            (study_id,),
+        ).fetchone()
+        if row is None:
+            raise KeyError(f"There is no study {study_id}.")
+        self._check_budget(row[0])
+        return int(row[0])
+
+    def _check_budget(self, trials: int) -> None:
+        if self.total_trials is not None and trials >= self.total_trials:
+            raise NoTrialLeft(f"The study has its {self.total_trials} trials.")
+
+    def renew_lease(self, trial_id: int) -> None:
+        """Say that the trial is alive, and write its parameters if they wait for a report.
+
+        Call it from a thread several times per grace period. Raises LeaseLost.
+        """
+        self._held.renew(trial_id)
+
+    def return_trial(
+        self, trial_id: int, *, excused: bool = False, crashed: bool = False
+    ) -> TrialState:
+        """Give this worker's trial back: WAITING, with its parameters and intermediate values.
+
+        FAIL instead, after `max_attempts` attempts without a new report that are not `excused`:
+        the site's fault.  Returns its new state. Raises LeaseLost.
+        """
+        return self._held.give_back(trial_id, excused=excused, crashed=crashed)
+
+    def return_held(self) -> None:
+        """Give all of this worker's trials back: its sampler has failed before they began."""
+        for number in self._held.ids():
+            self.return_trial(number, excused=True)
+
+    def return_stale_trials(
+        self, study_id: int, *, alive_jobs: Collection[str] | None = None
+    ) -> list[int]:
+        """Return the trials of dead workers to the queue; call it a few times per grace period.
+
+        A worker is dead when its lease has not moved for `grace` seconds, or at once when
+        `alive_jobs` is given and its job is not in it. That counts as a crash of the trial, which
+        is FAIL after `max_attempts` of them. Returns the numbers of the trials, also of those.
+        """
+        stale = self._leases.find_stale(self.file, study_id, alive_jobs)
+        return [lease.number for lease in stale if self._leases.take_back(self.file, lease)]
+
+    def return_trials_of(self, study_id: int, token: str, *, crashed: bool) -> list[int]:
+        """Return the trials of the process with that token, which has ended: its parent knows.
+
+        Returns their numbers.
+        """
+        leases = self._leases.find_owned(self.file, study_id, token)
+        return [
+            lease.number for lease in leases if self._leases.take_back(self.file, lease, crashed)
+        ]
+
+    def retry_failed(self, study_id: int) -> list[int]:
+        """Put the trials that are FAIL back into the queue; return their numbers.
+
+        They keep their number, parameters and reports, and lose their reason; a trial without
+        parameters draws them anew.
+        """
+        numbers = self._held.retry_failed(study_id)
+        self._caches.pop(study_id, None)  # it takes finished trials for unchanging
+        return numbers
+
+    def count_leases(self, study_id: int) -> int:
+        """Return how many trials of the study are running under a lease, here or elsewhere."""
+        return len(self._leases.held(self.file, study_id))
+
+    def owners(self, study_id: int) -> dict[int, str]:
+        """Return the names of the workers that run a trial, by the trial's number."""
+        leases = self._leases.held(self.file, study_id)
+        return {lease.number: lease.owner.split("/")[0] for lease in leases}
+
+    # ---- writes of the trial's holder ------------------------------------------------------
+
+    def set_trial_param(
+        self,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+    ) -> None:
+        """Set a parameter; of a trial held here, it is written with the next report.
+
+        If the process dies before, the trial returns without it and draws another.
+        Raises ValueError for a distribution that does not fit the study's.
+        """
+        self._held.set_param(trial_id, param_name, param_value_internal, distribution)
+
+    def set_trial_intermediate_value(
+        self, trial_id: int, step: int, intermediate_value: float
+    ) -> None:
+        """Report a value. Raises LeaseLost, UpdateFinishedTrialError, KeyError."""
+        self._held.set_report(trial_id, step, intermediate_value)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Set a user attribute. Raises LeaseLost, UpdateFinishedTrialError, KeyError."""
+        self._held.set_attribute("user", trial_id, key, value)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Set an attribute of Optuna's. Raises LeaseLost, UpdateFinishedTrialError, KeyError."""
+        self._held.set_attribute("system", trial_id, key, value)
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        """Claim (RUNNING; False if it was not waiting), return (WAITING) or finish a trial.
+
+        A trial that comes back too often without a new report is FAIL instead of WAITING.
+        Raises LeaseLost, UpdateFinishedTrialError, KeyError.
+        """
+        if state == TrialState.RUNNING:
+            return self._held.claim(trial_id)
+        if state == TrialState.WAITING:
+            self.return_trial(trial_id)
+        else:
+            self._held.finish(trial_id, state, values)
+        return True
+
+    # ---- reads -----------------------------------------------------------------------------
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """Return a trial: from memory if it is finished or held here. Raises KeyError."""
+        with LOCK:
+            if (held := self._held.get(trial_id)) is not None:
+                return held
+            for cache in self._caches.values():
+                if trial_id in cache.finished:
+                    return cache.finished[trial_id]
+            return read_trial(self.file, trial_id)
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        """Return the trials of a study in these states, in order. Raises KeyError."""
+        with LOCK:
+            # Out of the dictionary while it changes: if a signal's exception comes in between,
+            # the next call reads anew.
+            cache = self._caches.pop(study_id, None) or TrialCache(study_id)
+            wanted = tuple(state for state in ALL if states is None or state in states)
+            trials = cache.read(self.file, wanted)
+            self._caches[study_id] = cache
+            self._held.lay_over(trials)
+        return copy.deepcopy(trials) if deepcopy else trials
+
+    # ---- studies ---------------------------------------------------------------------------
+
+    def create_new_study(
+        self, directions: Sequence[StudyDirection], study_name: str | None = None
+    ) -> int:
+        """Add a study and return its id. Raises DuplicatedStudyError."""
+        return self._studies.create(directions, study_name)
+
+    def delete_study(self, study_id: int) -> None:
+        """Delete a study and its trials. Raises KeyError."""
+        self._studies.delete(study_id)
+        self._forget()  # SQLite may use the ids again
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        """Set a user attribute. Raises KeyError."""
+        self._studies.set_attribute("study_user", study_id, key, value)
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        """Set an attribute of Optuna's. Raises KeyError."""
+        self._studies.set_attribute("study_system", study_id, key, value)
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """Return the id of a study. Raises KeyError."""
+        return self._studies.id_of(study_name)
+
+    def get_study_name_from_id(self, study_id: int) -> str:
+        """Return the name of a study. Raises KeyError."""
+        return self._studies.get(study_id).study_name
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        """Return the directions of its objectives. Raises KeyError."""
+        return self._studies.get(study_id).directions
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        """Return its user attributes. Raises KeyError."""
+        return self._studies.get(study_id).user_attrs
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        """Return Optuna's own attributes of it. Raises KeyError."""
+        return self._studies.get(study_id).system_attrs
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        """Return all studies of the file, in order."""
+        return self._studies.all()

@@ -1,0 +1,1 @@
+"""What the examples train with: scripts alone import from here.  No other room knows of MNIST."""

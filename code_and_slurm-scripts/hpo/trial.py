@@ -1,0 +1,191 @@
+"""One trial, from its claim to its end.
+
+outcome = run_trial(study, trial, objective, drain)
+
+COMPLETE   with its value: whatever Optuna accepts as one
+PRUNED     it raised optuna.TrialPruned
+FAIL       it did something wrong itself; the reason is its user attribute `fail_reason`
+WAITING    it goes back to the queue, with its parameters and its reports: the worker has to
+           stop, or the site is at fault (a full disk, a lost database, a failing sampler, a GPU)
+RUNNING    it is another worker's now: this one was frozen, and its lease is lost
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+
+from hpo import checkpoint, gpu
+from hpo.drain import Drain, Drained
+from hpo.settings import Settings, UserError
+from hpo.site import fault_of
+from hpo.study.optuna_private import storage_of, trial_id
+from hpo.study.storage import SQLiteStorage
+from hpo.study.trials import best_trials
+from hpo.words import one_line
+
+Objective: TypeAlias = Callable[[optuna.Trial], Any]
+log = logging.getLogger("hpo.worker")
+
+
+@dataclass
+class Outcome:
+    """How a trial has ended."""
+
+    state: TrialState
+    values: tuple[float, ...] = ()
+    reason: str = ""  # of a FAIL
+    site: str = ""  # what is wrong with the site, where that is why it goes back
+
+
+def run_trial(
+    study: optuna.Study,
+    trial: optuna.Trial,
+    objective: Objective,
+    drain: Drain,
+    patiently: Callable[[Callable[[], None]], None] = lambda step: step(),
+) -> Outcome:
+    """Run one trial and tell Optuna how it ended.
+
+    `patiently` calls what writes the end, again and again while the database is away.
+    """
+    log.info("trial %d started", trial.number)
+    if not trial.params:  # one that goes on has those that it began with
+        checkpoint.discard(trial.number)
+    outcome = _call(objective, trial, drain)
+    try:
+        patiently(lambda: _finish(study, trial, outcome))
+    except UpdateFinishedTrialError:  # this worker was frozen, and another one has taken over
+        log.warning("trial %d is no longer this worker's: result dropped", trial.number)
+        outcome = Outcome(TrialState.RUNNING)
+    free_memory()
+    return outcome
+
+
+def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
+    """Return how the trial should end."""
+    try:
+        with drain.interruptible():
+            value = objective(trial)
+        return judge(value, len(trial.study.directions))
+    except optuna.TrialPruned:
+        return Outcome(TrialState.PRUNED)
+    except (Drained, UpdateFinishedTrialError):  # the latter says LeaseLost, too
+        return Outcome(TrialState.WAITING)
+    except gpu.Unusable as error:
+        return Outcome(TrialState.WAITING, site=str(error))
+    except UserError as error:  # a configuration that cannot be: its one line says all
+        log.error("trial %d failed: %s", trial.number, error)
+        return Outcome(TrialState.FAIL, reason=str(error))
+    except BaseException as error:  # whatever leaves the objective costs the trial, not the worker
+        if drain.at_once:  # scancel also takes the container's image away: not the trial's fault
+            return Outcome(TrialState.WAITING)
+        if site := fault_of(error):
+            return Outcome(TrialState.WAITING, site=site)
+        log.exception("trial %d failed", trial.number)
+        if not gpu.healthy() and not gpu.is_to_blame(trial):
+            return Outcome(TrialState.WAITING, site=str(gpu.ending))
+        return Outcome(TrialState.FAIL, reason=reason_of(error))
+
+
+def judge(value: Any, objectives: int) -> Outcome:
+    """Return COMPLETE with the value of an objective, or FAIL with what is wrong with it.
+
+    As Optuna, it takes whatever float() takes (NumPy's numbers, tensors of one element), and a
+    list or tuple of them for several objectives; but no text.
+    """
+    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    found: list[float] = []
+    for number in value if several else [value]:
+        try:
+            if isinstance(number, (str, bytes)):
+                raise TypeError
+            found.append(float(number))
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            what = f"{one_line(repr(number), 60)} ({type(number).__name__})"
+            return _wrong(f"the objective returned {what}, which is no number")
+    if len(found) != objectives:
+        return _wrong(f"the objective returned {len(found)} values for {objectives} objectives")
+    if any(math.isnan(number) for number in found):
+        return _wrong("the objective returned NaN")
+    return Outcome(TrialState.COMPLETE, values=tuple(found))
+
+
+def _wrong(reason: str) -> Outcome:
+    log.error("%s", reason)
+    return Outcome(TrialState.FAIL, reason=reason)
+
+
+def _finish(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
+    if outcome.state == TrialState.WAITING:
+        # The same trial, with its parameters and its reports: the next worker goes on with it.
+        _give_back(study, trial, outcome)
+        return
+    if outcome.state == TrialState.FAIL:
+        trial.set_user_attr("fail_reason", outcome.reason)
+    if outcome.state == TrialState.COMPLETE:
+        checkpoint.keep_weights(trial.number)
+    study.tell(trial, outcome.values or None, outcome.state)
+    tidy(study)
+
+
+def _give_back(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
+    storage = storage_of(study)
+    if isinstance(storage, SQLiteStorage):
+        if storage.return_trial(trial_id(trial), excused=bool(outcome.site)) == TrialState.FAIL:
+            outcome.state = TrialState.FAIL
+            frozen = storage.get_trial(trial_id(trial))
+            outcome.reason = str(frozen.user_attrs["fail_reason"])
+    else:
+        storage.set_trial_state_values(trial_id(trial), TrialState.WAITING)
+
+
+def tidy(study: optuna.Study) -> None:
+    """Remove what finished trials have left, except for the weights of the best."""
+    settings = Settings.from_env()
+    trials = study.get_trials(deepcopy=False)
+    finished = {trial.number for trial in trials if trial.state.is_finished()}
+    checkpoint.tidy(finished, {trial.number for trial in best_trials(study, settings.keep_best)})
+
+
+def reason_of(error: BaseException) -> str:
+    """Return one line for the user attribute `fail_reason`."""
+    text = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
+    # torch reports a full GPU with a class of its own and a full CPU with a RuntimeError.
+    exhausted = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if exhausted or "can't allocate memory" in str(error):
+        return f"out of memory ({text})"
+    return text
+
+
+def free_memory() -> None:
+    """Give the GPU back what the trial has used, before the next trial starts."""
+    gc.collect()
+    gpu.healthy()
+    gpu.check()
+
+
+def let_several_objectives_report(trial: optuna.Trial) -> None:
+    """Let a trial of several objectives report, though nothing can be pruned by it.
+
+    Optuna refuses report() and should_prune() there.  The same training loop shall run all the
+    same: curves are kept, the lease is renewed, and the worker can drain.
+    """
+    study, number = trial.study, trial_id(trial)
+
+    def report(value: float, step: int) -> None:
+        trial.storage.set_trial_intermediate_value(number, step, float(value))
+
+    def should_prune() -> bool:  # does no more than to drain the worker
+        return study.pruner.prune(study, trial.storage.get_trial(number))
+
+    trial.report = report  # type: ignore[method-assign]
+    trial.should_prune = should_prune  # type: ignore[method-assign]

@@ -1,0 +1,148 @@
+"""A variable's text → a checked value, or one line that says what is legal."""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one or two lines, exit status 2."""
+
+
+def choice(env: Mapping[str, str], name: str, legal: Sequence[str]) -> str:
+    """Return the value of a variable in lower case. Raises UserError if it is not legal."""
+    value = env[name].lower()
+    if value not in legal:
+        raise UserError(f"{name}={env[name]!r} is unknown; choose one of: {', '.join(legal)}")
+    return value
+
+
+def with_options(
+    env: Mapping[str, str], name: str, legal: Sequence[str]
+) -> tuple[str, dict[str, Any]]:
+    """Split "median:n_warmup_steps=5" into a legal word and its options; raises UserError.
+
+    Whether Optuna knows the options, hpo/search says, which imports it.
+    """
+    word, _, options = env[name].partition(":")
+    return choice({name: word}, name, legal), pairs(options, name)
+
+
+def pairs(text: str, name: str) -> dict[str, Any]:
+    """Return "a=1,b=adam" as {"a": 1, "b": "adam"}. Raises UserError."""
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in re.split(r",(?=\s*\w+\s*=)", text))):
+        key, equals, value = (word.strip() for word in part.partition("="))
+        if not equals or not key.isidentifier() or not value:
+            raise UserError(f"{name}: {part!r} is not NAME=VALUE (several are divided by commas)")
+        if key in found:
+            raise UserError(f"{name}={text!r} names {key} twice")
+        found[key] = _literal(value)
+    return found
+
+
+def _literal(text: str) -> Any:
+    """Return a number, a tuple, True, None, … as Python writes it; anything else is a word."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def names(text: str, name: str) -> tuple[str, ...]:
+    """Return the words of a list that is divided by commas. Raises UserError for one twice."""
+    found = tuple(filter(None, (word.strip() for word in text.split(","))))
+    if len(set(found)) < len(found):
+        raise UserError(f"{name}={text!r} names one twice")
+    return found
+
+
+def arguments(text: str, name: str) -> tuple[str, ...]:
+    """Return the words of a command line. Raises UserError for a quote that is not closed."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"{name}={text!r} is no command line: {error}") from error
+
+
+def directions(text: str, legal: Sequence[str], number: int) -> tuple[str, ...]:
+    """Return one direction per objective; one alone is for all of them. Raises UserError."""
+    words = text.split(",")
+    if len(words) not in (1, number):
+        raise UserError(f"DIRECTION has {len(words)} directions for {number} objectives")
+    found = tuple(choice({"DIRECTION": word.strip()}, "DIRECTION", legal) for word in words)
+    return found * number if len(found) == 1 else found
+
+
+def integer(env: Mapping[str, str], name: str, least: int, most: int = 999_999_999) -> int:
+    """Return an integer from `least` to `most`. Raises UserError."""
+    text = env[name]
+    legal = f"of {least} or more" if most == 999_999_999 else f"from {least} to {most}"
+    if not re.fullmatch(r"\d+", text, re.ASCII):
+        raise UserError(f"{name}={text!r} is not an integer {legal}")
+    if len(text) > 20 or not least <= int(text) <= most:
+        raise UserError(
+            f"{name}={text[:20]} is out of range; give an integer from {least} to {most}"
+        )
+    return int(text)
+
+
+def number(env: Mapping[str, str], name: str) -> float:
+    """Return a number, not infinite and not NaN. Raises UserError."""
+    try:
+        value = float(env[name])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{name}={env[name]!r} is no number")
+    return value
+
+
+def study_name(text: str) -> str:
+    """Return a study's name, which is also that of its checkpoints' folder. Raises UserError."""
+    if not re.fullmatch(r"[\w][\w.+-]{0,99}", text) or len(text.encode()) > 200:
+        raise UserError(
+            f"STUDY_NAME={text!r} cannot be used; give letters, digits, '_', '-', '.' or '+', "
+            "at most 100 of them"
+        )
+    return text
+
+
+def readable_file(path: Path, name: str) -> Path:
+    """Return the path; what is in the file, its reader checks. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{name}: there is no file {path}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{name}: no permission to read {path}")
+    return path
+
+
+def database_file(url: str, path: Path) -> Path:
+    """Return the path of an SQLite study that can be there. Raises UserError."""
+    if len(os.fsencode(path.name)) > 200:  # its journal, copies and folders have longer names
+        raise UserError(f"STUDY_DB={url!r}: the file's name is too long (more than 200 bytes)")
+    if "?" in url:
+        raise UserError(f"STUDY_DB={url!r}: nothing may follow the file's name (no '?' options)")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"STUDY_DB={url!r}: the folder {path.parent} does not exist; create it first"
+        )
+    if path.is_dir():
+        raise UserError(f"STUDY_DB={url!r}: {path} is a folder; name a file in it")
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"STUDY_DB={url!r}: {path} is a link to a file that is not there")
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError where SQLite could not write, which takes the folder, too: its journal."""
+    for needed in (path.parent, path):
+        if needed.exists() and not os.access(needed, os.W_OK):
+            raise UserError(f"STUDY_DB: no permission to write {needed}")

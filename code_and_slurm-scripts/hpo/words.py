@@ -1,0 +1,62 @@
+"""How a number, a time and a configuration are shown to people: everywhere alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def shown(value: object) -> str:
+    """Return a value as a person reads it: four digits of a float, everything else as it is."""
+    if not isinstance(value, float):
+        return str(value)
+    if 1e4 <= abs(value) < 1e9:
+        return f"{value:.0f}"
+    return f"{value:.4g}"
+
+
+def values(numbers: Sequence[float]) -> str:
+    """Return the value of a trial, or the values of several objectives."""
+    return ", ".join(map(shown, numbers))
+
+
+def parameters(params: Mapping[str, object]) -> str:
+    """Return a configuration on one line."""
+    return " ".join(f"{name}={shown(value)}" for name, value in params.items())
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def one_line(text: object, most: int = 500) -> str:
+    """Return the first line of a text that has one; "" otherwise."""
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    return lines[0][:most] if lines else ""
+
+
+def plain(value: Any) -> Any:
+    """Return NumPy's numbers and arrays, and tensors, as numbers and lists; others as they are."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON; NumPy's and torch's numbers are numbers, what is no data its text."""
+
+    def default(other: Any) -> Any:
+        found = plain(other)
+        return (
+            list(other)
+            if isinstance(other, (set, frozenset))
+            else (str(other) if found is other else found)
+        )
+
+    return json.dumps(value, default=default, indent=indent)

@@ -20,7 +20,7 @@ import optuna_t5
 from common import SCRIPTS, TINY_T5, Run
 from hpo import checkpoint
 from hpo.drain import Drained
-from hpo.settings import Settings, UserError
+from hpo.settings import Settings, UserError, forget
 from hpo.study.opening import create_or_open_study
 from hpo.train import ddp
 
@@ -185,10 +185,12 @@ def test_wrong_numbers_of_gpus(monkeypatch: pytest.MonkeyPatch, run: Run) -> Non
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert "GPUS_PER_TRIAL: optuna_mnist.py trains on one GPU" in result.stderr
     monkeypatch.setenv("GPUS_PER_TRIAL", "2")
+    forget()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match=r"this worker sees 1 GPU.*--gpus-per-task=2"):
         ddp.check_gpus()
     monkeypatch.setenv("WORKERS_PER_GPU", "2")
+    forget()
     with pytest.raises(UserError, match="only one of them can be more than 1"):
         Settings.from_env()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import resource
 import subprocess
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 import optuna_mnist
 from common import SCRIPTS, SMALL
 from hpo.train import mnist, training
-from hpo.train.training import Trainer, evaluate, fused_adam, normalise, pick_device
+from hpo.train.training import Trainer, evaluate, fused_adam, normalise
 
 CONFIG = {**SMALL, "num_classes": 10}
 CPU = torch.device("cpu")
@@ -116,40 +115,6 @@ def test_bf16_for_large_nets_alone_where_the_cpu_has_it(
             ends.append(weights(trainer))
         assert torch.equal(*ends)  # the same seed, the same bits
         assert ends[0].dtype == torch.float32
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_replays_train_like_eager_steps() -> None:
-    for capture in (True, False):
-        torch.manual_seed(0)
-        model = optuna_mnist.CNN(CONFIG).to(pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
-        data, validation = mnist.load_training(pick_device(), 10_000)
-        trainer = Trainer(model, fused_adam(model, 1e-3), data, 64)
-        trainer.captured.wanted = capture
-        first = [float(trainer.train_epoch()) for _ in range(2)]
-        assert (trainer.captured.graph is not None) == capture
-        if capture:
-            losses = first
-        assert first == pytest.approx(losses, rel=0.02)  # TF32, and sums in another order
-        assert evaluate(model, validation)[1] > 0.9
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_200_trials_in_a_row_need_no_more_memory_than_the_first() -> None:
-    data, _ = mnist.load_training(pick_device(), 1000)
-    used = []
-    for number in range(200):
-        config = {**CONFIG, "conv1_channels": 8 << number % 4}
-        model = optuna_mnist.CNN(config).to(pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
-        trainer = Trainer(model, fused_adam(model, 1e-3), data, 64)
-        trainer.train_epoch()
-        trainer.train_epoch()
-        assert trainer.captured.graph
-        del trainer, model
-        gc.collect()  # as hpo/worker.py does between two trials
-        torch.cuda.empty_cache()
-        used.append(torch.cuda.memory_reserved())
-    assert max(used[4:]) <= max(used[:4])
 
 
 def test_freed_memory_is_used_again() -> None:

@@ -1,4 +1,4 @@
-"""On a GPU: the figures that README waits for.  The 500 trials are run with the newest torch alone."""
+"""On a GPU: the figures that README waits for.  The 500 trials run with the newest torch alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_largest_t5_takes_a_step(
     tiny_pairs: object, row: Row, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SMALL")
-    config = {
+    config: dict[str, Any] = {
         **{"d_model": 1024, "num_layers": 24, "num_heads": 16, "d_kv": 64, "dropout": 0.1},
         **{"lr": 1e-5, "warmup": 0.1, "epochs": 1, "batch_size": 256, "micro_batch": 64},
     }

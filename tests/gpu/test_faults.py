@@ -151,13 +151,16 @@ def test_workers_share_the_gpu_and_leave_no_daemon(
     workers: int, python: Run, row: Callable[[str], None]
 ) -> None:
     """One MPS server; one worker is killed, then SIGTERM comes to all."""
-    env = {"WORKERS_PER_GPU": str(workers), "SLURM_PROCID": "0", "TOTAL_TRIALS": "1000"}
+    env = {
+        **{"WORKERS_PER_GPU": str(workers), "SLURM_PROCID": "0", "TOTAL_TRIALS": "1000"},
+        **{"PRUNER": "none", "TRAIN_IMAGES": "10000"},
+    }
     python("init_optuna_db.py", **env)
     task = subprocess.Popen(
         ["bash", "hpo/job/mps.sh", "bash", "hpo/job/keep_running.sh", "optuna_mnist.py",
          sys.executable],
         cwd=SCRIPTS,
-        env={**os.environ, **env, "PRUNER": "none", "TRAIN_IMAGES": "10000"},
+        env={**os.environ, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -59,7 +59,8 @@ class Net(nn.Module):
         if self.training and self.how == "memory":
             torch.empty(10**13, device=images.device)
         if self.training and self.how == "assert":
-            images = images + torch.zeros(3, device=images.device)[images.argmax() + 10**6]
+            beyond = images.flatten()[:1].long() + 10**6
+            images = images + torch.zeros(3, device=images.device)[beyond]
         return self.cnn(self.dropout(images))  # type: ignore[no-any-return]
 
 

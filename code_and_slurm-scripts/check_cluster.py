@@ -122,17 +122,18 @@ def data_problem(py_script: str) -> str | None:
 
 def gpu_facts() -> Facts:
     """Return the GPUs that this task can use, by name and UUID, and why one cannot be used."""
-    facts: Facts = {"gpus": [], "uuids": [], "trouble": "", "promised": ""}
-    if not installed("torch") or not gpu.has_cuda():
+    facts: Facts = {"gpus": [], "uuids": [], "trouble": "", "cpu_torch": False}
+    if not installed("torch"):
         return facts
+    if not gpu.has_cuda():
+        return {**facts, "cpu_torch": bool(gpu.promised())}
     import torch
 
-    facts["promised"] = gpu.promised()
     try:
         number = torch.cuda.device_count()
         facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(number)]
         facts["uuids"] = gpu.uuids()
-        number = number or bool(facts["promised"])  # then one that is lost says why
+        number = number or bool(gpu.promised())  # then one that is lost says why
         facts["trouble"] = next(filter(None, map(gpu.trouble, range(number))), "")
     except (RuntimeError, AssertionError) as error:  # a driver, or a GPU, that has broken down
         facts["trouble"] = str(error).splitlines()[0]
@@ -245,7 +246,9 @@ def gpus(facts: dict[int, Facts], needed: int = 1) -> Row:
         found = f"tasks {broken} cannot use theirs, on {first['host']}: {first['trouble']}"
         return Row(BAD, "GPUs", found, cure)
     if not names:
-        return Row(REMARK, "GPUs", "PyTorch sees none: the workers will use the CPU")
+        # Of a rehearsal; or pip has installed one that hides the image's.
+        why = "is one without CUDA" if any(f["cpu_torch"] for f in facts.values()) else "sees none"
+        return Row(REMARK, "GPUs", f"PyTorch {why}: the workers will use the CPU")
     if without := [rank for rank, each in facts.items() if not each["gpus"]]:
         return Row(BAD, "GPUs", f"tasks {without} see none", "see --gres and --gpus-per-task")
     if few := [rank for rank, each in facts.items() if len(each["gpus"]) < needed]:

@@ -49,7 +49,7 @@ def facts(**changes: object) -> Facts:
     """Return what a task on host a sees, changed."""
     packages = {"optuna": "5.0.0", "torch": "2.3.0", "torchvision": "0.18.0"}
     plain = {"host": "a", "folder": 1, "packages": packages, "free": 10**12, "data": ""}
-    gpus = {"gpus": ["A100"], "uuids": ["a-0"], "trouble": "", "promised": ""}
+    gpus = {"gpus": ["A100"], "uuids": ["a-0"], "trouble": "", "cpu_torch": False}
     return {**plain, **gpus, **changes}
 
 
@@ -101,7 +101,8 @@ def test_gpu_that_slurm_has_promised_and_that_is_not_there_is_a_row(
     row = check_cluster.gpus({0: facts(**check_cluster.gpu_facts())})
     assert (row.mark, row.found) == (BAD, "tasks [0] cannot use theirs, on a: no NVIDIA driver")
     monkeypatch.setattr(torch.version, "cuda", None)  # the rehearsal's PyTorch
-    assert check_cluster.gpus({0: facts(**check_cluster.gpu_facts())}).mark == REMARK
+    row = check_cluster.gpus({0: facts(**check_cluster.gpu_facts())})
+    assert (row.mark, "PyTorch is one without CUDA" in row.found) == (REMARK, True)
 
 
 def test_packages() -> None:

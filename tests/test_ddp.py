@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 import optuna_t5
 from common import SCRIPTS, TINY_T5, Run
-from hpo import checkpoint
+from hpo import checkpoint, gpu
 from hpo.drain import Drained
 from hpo.settings import Settings, UserError, forget
 from hpo.study.opening import create_or_open_study
@@ -69,6 +69,8 @@ def failing(config: dict[str, Any], trial: optuna.Trial | None) -> float:
     if ddp.rank() == 1:
         if config["how"] == "raise":
             raise MemoryError("no room")
+        if config["how"] == "capture":
+            raise gpu.Unusable("spoilt", gpu.NO_CAPTURE)
         if config["how"] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
     trial.report(1.0, 0)
@@ -81,13 +83,14 @@ def failing(config: dict[str, Any], trial: optuna.Trial | None) -> float:
     ("how", "error", "says"),
     [
         ("raise", MemoryError, "no room"),
+        ("capture", gpu.Unusable, "spoilt"),
         ("die", RuntimeError, "process 1 of the trial died .exit status -9."),
         ("prune", optuna.TrialPruned, "^$"),
     ],
 )
 def test_what_happens_to_one_process_ends_the_trial(
     how: str,
-    error: type[Exception],
+    error: type[BaseException],
     says: str,
     study: optuna.Study,
     monkeypatch: pytest.MonkeyPatch,

@@ -38,8 +38,11 @@ class Unusable(BaseException):
     """
 
     def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
+        super().__init__(message, status)
         self.status = status  # exit status of the worker
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 checked = False  # whether `check` has had its say

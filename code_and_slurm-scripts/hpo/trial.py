@@ -81,6 +81,7 @@ def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
     except (Drained, UpdateFinishedTrialError):  # the latter says LeaseLost, too
         return Outcome(TrialState.WAITING)
     except gpu.Unusable as error:
+        gpu.give_up(str(error), error.status)  # it may come from another process (train/ddp.py)
         return Outcome(TrialState.WAITING, site=str(error))
     except UserError as error:  # a configuration that cannot be: its one line says all
         log.error("trial %d failed: %s", trial.number, error)

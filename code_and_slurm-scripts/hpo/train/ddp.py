@@ -35,6 +35,7 @@ import optuna
 import torch
 from torch import Tensor, distributed, nn
 
+from hpo import gpu
 from hpo.settings import Settings, UserError, use
 
 TrainModel: TypeAlias = Callable[[dict[str, Any], "optuna.Trial | None"], float]
@@ -199,13 +200,13 @@ def _run(
         pipe.send(("return", train_model(config, trial)))
     except optuna.TrialPruned as pruned:
         pipe.send(("raise", pruned))
-    except Exception as error:
+    except (Exception, gpu.Unusable) as error:
         traceback.print_exc()  # in the worker's log; an exception is sent without it
         _send(pipe, error)
     pipe.recv()  # the worker ends all processes at once
 
 
-def _send(pipe: Connection, error: Exception) -> None:
+def _send(pipe: Connection, error: BaseException) -> None:
     try:
         pipe.send(("raise", error))
     except (TypeError, AttributeError, ValueError):  # an exception that cannot be pickled

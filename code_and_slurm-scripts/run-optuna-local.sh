@@ -26,6 +26,7 @@ make_venv .venv run
 python=$PWD/.venv/bin/python
 logs=$PWD/logs
 cd code_and_slurm-scripts
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # hpo, for a script in a subfolder
 "$python" init_optuna_db.py
 
 # Those of a preset CUDA_VISIBLE_DEVICES, else all; a slice (MIG) is one, too.

@@ -50,7 +50,7 @@ for each in "${environments[@]}"; do
         "$bin/ruff" check .
         "$bin/ruff" format --check .
         "$bin/mypy" --python-executable "$bin/python"
-        (cd code_and_slurm-scripts && "$bin/lint-imports" ../pyproject.toml)
+        (cd code_and_slurm-scripts && "$bin/lint-imports" --no-cache ../pyproject.toml)
         "$bin/shellcheck" "${shell_files[@]}"
         "$bin/shfmt" --indent 4 --case-indent --diff "${shell_files[@]}"
     fi

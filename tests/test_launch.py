@@ -58,15 +58,10 @@ echo "sbatch $* CHAIN_JOBS=$CHAIN_JOBS TOTAL_TRIALS=$TOTAL_TRIALS" >>"$RECORD"
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """Return a copy of the bundle in which only the files of the repository are."""
-    copy = tmp_path / "optuna"
-    files = subprocess.check_output(["git", "ls-files", "-z"], cwd=BUNDLE, text=True).split("\0")
-    for name in filter(None, files):
-        if name.startswith(("tests/", ".")):
-            continue
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(BUNDLE / name, copy / name, follow_symlinks=False)
-    return copy
+    """Return a copy of the bundle, as it is unpacked: without what a run or a tool has made."""
+    made = ("tests", ".*", "__pycache__", "*-ubyte", "*.tsv", "*.db*", "checkpoints", "report-*")
+    ignore = shutil.ignore_patterns(*made, "*.out")
+    return Path(shutil.copytree(BUNDLE, tmp_path / "optuna", symlinks=True, ignore=ignore))
 
 
 @pytest.fixture

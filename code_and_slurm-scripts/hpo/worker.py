@@ -41,9 +41,9 @@ from hpo import settings as process
 from hpo.drain import Drain, DrainingPruner
 from hpo.search.guard import GuardedPruner, GuardedSampler, SearchFailed
 from hpo.search.objectives import check_objectives
-from hpo.search.pruners import make_pruner
-from hpo.search.remembered import Plan, adopt_space
-from hpo.search.samplers import assign, check_packages, make_sampler, sampler_seed
+from hpo.search.pruners import check_search, make_pruner
+from hpo.search.remembered import Plan, adopt_space, plan_of
+from hpo.search.samplers import assign, make_sampler, sampler_seed
 from hpo.settings import Settings, UserError, use
 from hpo.site import SITE_FAULT, Patience, SiteFault
 from hpo.study.opening import create_or_open_study
@@ -94,12 +94,13 @@ def run_worker(objective: Objective) -> int:
     _be_ordinary(settings)
     check_objectives(settings)
     script.check_needs(settings.py_script)
-    check_packages(settings)
+    check_search(settings)
     if prepare := me.offers("prepare"):
         prepare()
     drain = Drain(settings.job_end, settings.drain_file)
+    plan = plan_of(settings, me)
     study = create_or_open_study(settings)
-    plan = adopt_space(study, settings, me)
+    adopt_space(study, settings, plan)
     settings = use(_prepare(study, settings, plan))
     study.pruner = DrainingPruner(study.pruner, drain)
     gpu.check(start=settings.gpus_per_trial == 1)

@@ -20,9 +20,8 @@ from typing import Any
 from uuid import UUID
 
 # Exit statuses of a worker (hpo/worker.py), which hpo/job/keep_running.sh then starts again.
-BROKEN = (
-    70  # CUDA of this process fails from now on (a device assert, an Xid): only a new one helps
-)
+# CUDA of this process fails from now on (a device assert, an Xid): only a new one helps.
+BROKEN = 70
 NO_CAPTURE = 71  # the same after a failed capture; the new process shall not capture
 NO_CUDA_GRAPHS = "NO_CUDA_GRAPHS"  # =1: training captures nothing; set by hpo/job/keep_running.sh
 FAULTS = 3  # of the GPU under one trial, after which the trial itself is to blame

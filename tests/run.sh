@@ -18,7 +18,8 @@ environment=${1:-new}
 shift || true
 environments=("$environment") tests=(tests --ignore=tests/cluster --ignore=tests/gpu)
 case $environment in
-    new | floor) ;;
+    new) ;;
+    floor) ;;
     cluster) tests=(tests/cluster) ;;
     gpu)
         if ! nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then

@@ -130,7 +130,7 @@ def test_freed_memory_is_used_again() -> None:
 
 def test_a_worker_imports_no_torchvision() -> None:
     code = (
-        "import sys, optuna_mnist as o; from hpo import mnist\n"
+        "import sys, optuna_mnist as o; from hpo.train import mnist\n"
         "mnist.load_training(o.pick_device(), 1000); sys.exit('torchvision' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, timeout=60).returncode == 0

@@ -141,7 +141,7 @@ def test_status_of_srun_is_kept_and_the_report_printed(job: Path) -> None:
     result = sbatch(job)
     assert result.returncode == 7
     assert "A worker ended with status 7" in result.stderr
-    assert "no trial has finished yet" in result.stdout
+    assert "no trial is complete yet" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_check_on_an_empty_study(study: optuna.Study, run: Run) -> None:
     result = run("check_best_model.py")
     assert result.returncode == 0
     assert "0 of 500 trials" in result.stdout
-    assert "no trial has finished yet" in result.stdout
+    assert "no trial is complete yet" in result.stdout
 
 
 def test_check_without_torch(study: optuna.Study, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_check_without_torch(study: optuna.Study, tmp_path: Path) -> None:
         timeout=60,
     )
     assert result.returncode == 0, result.stderr
-    assert "best_value  0.5000 (trial 0)" in result.stdout
+    assert "best_value  0.5 (trial 0)" in result.stdout
     assert "test score: needs torch, which this Python has not" in result.stdout
 
 

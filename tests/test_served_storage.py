@@ -102,7 +102,7 @@ def test_others_read_the_backup_and_other_jobs_are_refused(
         time.sleep(0.1)
     result = run("check_best_model.py")
     assert "owns the study, this is its backup" in result.stdout
-    assert "no trial has finished yet" in result.stdout
+    assert "no trial is complete yet" in result.stdout
 
 
 def test_server_of_a_dead_job_is_forgotten(

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 import optuna_mnist
 from common import SCRIPTS, SMALL, Run
-from hpo import checkpoint, worker
+from hpo import checkpoint, words, worker
 from hpo.drain import Drain
 from hpo.settings import Settings
 from hpo.study.opening import create_or_open_study, open_study
@@ -164,11 +164,11 @@ def test_worker_keeps_the_weights_of_the_best_trial_only(study: optuna.Study, ru
 
     shown = run("check_best_model.py", TOTAL_TRIALS="3").stdout
     assert "3 of 3 trials: 3 complete, 0 pruned, 0 failed, 0 running, 0 waiting" in shown
-    assert f"best_value  {study.best_value:.4f} (trial 1)" in shown
+    assert f"best_value  {words.shown(study.best_value)} (trial 1)" in shown
     for name, value in study.best_params.items():
         assert f"{name:15} {value:.4g}" in shown
     scores = optuna_mnist.test_model(optuna_mnist.search_space(study.best_trial), weights)
-    assert f"test accuracy   {scores['test accuracy']:.4f}" in shown
+    assert f"test accuracy   {words.shown(scores['test accuracy'])}" in shown
 
 
 def test_no_tensor_of_a_trial_outlives_it(

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 import optuna_t5
 from common import TINY_T5, Run
-from hpo import checkpoint
+from hpo import checkpoint, words
 from hpo.settings import SCRIPTS, Settings, UserError
 from hpo.study.opening import create_or_open_study
 from hpo.train import pairs, seq2seq
@@ -311,7 +311,7 @@ def test_study_from_start_to_export(tiny_pairs: Path, run: Run, tmp_path: Path) 
     exported = run("check_best_model.py", "--export", str(tmp_path / "best"), **later)
     assert exported.returncode == 0, exported.stderr
     metrics = json.loads((tmp_path / "best" / "metrics.json").read_text())
-    assert f"test loss       {metrics['test loss']:.4f}" in shown.stdout
+    assert f"test loss       {words.shown(metrics['test loss'])}" in shown.stdout
     loaded = subprocess.run(
         [sys.executable, str(tmp_path / "best" / "load_model.py")],
         env={"PATH": os.environ["PATH"]},

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 import optuna_mnist
 from common import SCRIPTS, SMALL, Run
-from hpo import checkpoint, worker
+from hpo import checkpoint, words, worker
 from hpo.drain import Drain
 from hpo.settings import Settings
 from hpo.study.opening import create_or_open_study, open_study
@@ -164,11 +164,11 @@ def test_worker_keeps_the_weights_of_the_best_trial_only(study: optuna.Study, ru
 
     shown = run("check_best_model.py", TOTAL_TRIALS="3").stdout
     assert "3 of 3 trials: 3 complete, 0 pruned, 0 failed, 0 running, 0 waiting" in shown
-    assert f"best_value  {study.best_value:.4f} (trial 1)" in shown
+    assert f"best_value  {words.shown(study.best_value)} (trial 1)" in shown
     for name, value in study.best_params.items():
         assert f"{name:15} {value:.4g}" in shown
     scores = optuna_mnist.test_model(optuna_mnist.search_space(study.best_trial), weights)
-    assert f"test accuracy   {scores['test accuracy']:.4f}" in shown
+    assert f"test accuracy   {words.shown(scores['test accuracy'])}" in shown
 
 
 def test_no_tensor_of_a_trial_outlives_it(
@@ -194,11 +194,11 @@ def test_no_tensor_of_a_trial_outlives_it(
 
 
 def test_hopeless_trial_is_pruned_and_leaves_nothing(study: optuna.Study, run: Run) -> None:
-    distributions: dict[str, Any] = {"x": FloatDistribution(0, 1)}
+    distributions: dict[str, Any] = {"lr": FloatDistribution(1e-4, 5e-3, log=True)}
     for _ in range(6):  # the median pruner starts after five finished trials
         study.add_trial(
             optuna.create_trial(
-                params={"x": 0.5},
+                params={"lr": 1e-3},
                 distributions=distributions,
                 value=0.01,
                 intermediate_values=dict.fromkeys(range(5), 0.01),
@@ -217,7 +217,7 @@ def test_check_on_an_empty_study(study: optuna.Study, run: Run) -> None:
     result = run("check_best_model.py")
     assert result.returncode == 0
     assert "0 of 500 trials" in result.stdout
-    assert "no trial has finished yet" in result.stdout
+    assert "no trial is complete yet" in result.stdout
 
 
 def test_check_without_torch(study: optuna.Study, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_check_without_torch(study: optuna.Study, tmp_path: Path) -> None:
         timeout=60,
     )
     assert result.returncode == 0, result.stderr
-    assert "best_value  0.5000 (trial 0)" in result.stdout
+    assert "best_value  0.5 (trial 0)" in result.stdout
     assert "test score: needs torch, which this Python has not" in result.stdout
 
 

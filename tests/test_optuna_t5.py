@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 import optuna_t5
 from common import TINY_T5, Run
-from hpo import checkpoint
+from hpo import checkpoint, words
 from hpo.settings import SCRIPTS, Settings, UserError
 from hpo.study.opening import create_or_open_study
 from hpo.train import pairs, seq2seq
@@ -174,6 +174,18 @@ def test_resumed_trial_equals_the_uninterrupted_one(
     assert study.get_trials()[1].intermediate_values == curve
 
 
+@pytest.mark.parametrize(("capability", "bf16"), [((7, 5), False), ((8, 0), True)])
+def test_bf16_where_the_gpu_has_it(
+    capability: tuple[int, int], bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.cuda.is_bf16_supported() says yes to an emulation, too."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **options: asked.append(options["enabled"]))
+    seq2seq.precision(torch.device("cuda"))
+    assert asked == [bf16]
+
+
 def test_tokens_and_text() -> None:
     texts = ["Œuvre № 3".encode(), b"a"]
     rows = seq2seq.tokens(texts, torch.device("cpu"))
@@ -299,7 +311,7 @@ def test_study_from_start_to_export(tiny_pairs: Path, run: Run, tmp_path: Path) 
     exported = run("check_best_model.py", "--export", str(tmp_path / "best"), **later)
     assert exported.returncode == 0, exported.stderr
     metrics = json.loads((tmp_path / "best" / "metrics.json").read_text())
-    assert f"test loss       {metrics['test loss']:.4f}" in shown.stdout
+    assert f"test loss       {words.shown(metrics['test loss'])}" in shown.stdout
     loaded = subprocess.run(
         [sys.executable, str(tmp_path / "best" / "load_model.py")],
         env={"PATH": os.environ["PATH"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -151,23 +152,27 @@ def test_a_worker_that_comes_between_two_writes_is_accepted(
     """Several start at once, and one of them is the first to write the space down."""
     monkeypatch.setenv("SAMPLER", "grid")
     chosen = Settings.from_env()
-    script = Script("space_for_tests.py", vars(space_for_tests))
+    plan = remembered.plan_of(chosen, Script("space_for_tests.py", vars(space_for_tests)))
     study = create_or_open_study(chosen)
     write = study.set_user_attr
 
     def and_another_comes(key: str, value: Any) -> None:
         write(key, value)
-        remembered.adopt_space(open_study(chosen), chosen, script)
+        remembered.adopt_space(open_study(chosen), chosen, plan)
 
     monkeypatch.setattr(study, "set_user_attr", and_another_comes)
-    assert len(remembered.adopt_space(study, chosen, script).combinations) == 12
+    remembered.adopt_space(study, chosen, plan)
+    assert len(plan.combinations) == 12
     assert {"space", "combinations"} <= study.user_attrs.keys()
 
 
 def test_objective_without_a_search_space_function(run: Run) -> None:
     result = run(HELPERS / "objective_for_tests.py", SAMPLER="grid")
     assert result.returncode == 2
-    assert "needs a function search_space(trial) in objective_for_tests.py" in result.stderr
+    assert (
+        "needs a function search_space(trial) in ../tests/helpers/objective_for_tests.py"
+        in result.stderr
+    )
     assert run(HELPERS / "objective_for_tests.py", TOTAL_TRIALS="2").returncode == 0
 
 
@@ -203,13 +208,20 @@ def test_grid_of_mnist_has_192_combinations(monkeypatch: pytest.MonkeyPatch) -> 
 def test_missing_package_is_one_line_with_the_command(
     name: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != package or None)
+    version = importlib.metadata.version
+
+    def all_but_one(name: str) -> str:
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", all_but_one)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("SAMPLER", name)
     monkeypatch.setenv("APPTAINER_CONTAINER", "/images/pytorch.sif")
     with pytest.raises(UserError, match=f"SAMPLER={name} needs {package}, which") as caught:
         samplers.check_packages(Settings.from_env())
-    assert f"/images/pytorch.sif pip install --user {package}" in str(caught.value)
+    assert f"/images/pytorch.sif pip install --user {package}==" in str(caught.value)
 
 
 def test_cmaes_moves_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:

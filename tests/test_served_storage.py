@@ -33,7 +33,7 @@ def server(own_study: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproc
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
     monkeypatch.setenv("PY_SCRIPT", OBJECTIVE.name)
     create_or_open_study(Settings.from_env())._storage.remove_session()
-    command = [sys.executable, "-m", "hpo.study.served", str(WORKERS)]
+    command = [sys.executable, "-m", "hpo.study.server", str(WORKERS)]
     process = subprocess.Popen(command, cwd=SCRIPTS, text=True, stderr=subprocess.PIPE)
     end = time.monotonic() + 60
     while not server_path(own_study).exists():
@@ -102,7 +102,7 @@ def test_others_read_the_backup_and_other_jobs_are_refused(
         time.sleep(0.1)
     result = run("check_best_model.py")
     assert "owns the study, this is its backup" in result.stdout
-    assert "no trial has finished yet" in result.stdout
+    assert "no trial is complete yet" in result.stdout
 
 
 def test_server_of_a_dead_job_is_forgotten(

@@ -1,0 +1,281 @@
+"""The search space: what is found of it, what is refused, and that every combination is tried."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.script import Script
+from hpo.search import pruners, samplers
+from hpo.search.remembered import adopt_space, plan_of
+from hpo.search.space import combinations, explore, value_at
+from hpo.settings import Settings, UserError
+from hpo.study.opening import create_or_open_study
+
+
+def branches(trial: Any) -> dict[str, Any]:
+    """A branch in a branch, the second behind the last choice of the first."""
+    found = {"a": trial.suggest_categorical("a", ["x", "y", "z"])}
+    if found["a"] == "z":
+        found["b"] = trial.suggest_int("b", 1, 3)
+        if found["b"] == 2:
+            found["c"] = trial.suggest_float("c", 0.0, 1.0)
+    found["d"] = trial.suggest_float("d", 1e-3, 1.0, log=True)
+    return found
+
+
+def impossible(trial: Any) -> dict[str, Any]:
+    """Six combinations, three of which are refused, the first among them."""
+    a = trial.suggest_categorical("a", [1, 2, 3])
+    b = trial.suggest_categorical("b", [1, 2])
+    if a <= b:
+        raise optuna.TrialPruned
+    return {"a": a, "b": b}
+
+
+def test_every_branch_is_found() -> None:
+    assert set(explore(branches)) == {"a", "b", "c", "d"}
+
+
+def test_a_space_may_refuse_combinations_and_look_at_the_study() -> None:
+    assert set(explore(impossible)) == {"a", "b"}
+    found = combinations(impossible, "grid")
+    assert sorted((params["a"], params["b"]) for params in found) == [(2, 1), (3, 1), (3, 2)]
+
+    def looks(trial: Any) -> dict[str, Any]:
+        a = trial.suggest_int("a", 1, 3)
+        if any(other.params.get("a") == a for other in trial.study.get_trials(deepcopy=False)):
+            raise optuna.TrialPruned
+        return {"a": a}
+
+    assert set(explore(looks)) == {"a"}
+
+    def refuses(trial: Any) -> None:
+        trial.suggest_int("a", 1, 3)
+        raise optuna.TrialPruned
+
+    with pytest.raises(UserError, match="refuses every combination"):
+        combinations(refuses, "grid")
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical")
+@pytest.mark.parametrize(
+    "choice", [np.int64(16), np.float32(0.5), dict, [8, 8], {"a": 1}, ((8, 8), (8,)), len]
+)
+def test_choices_that_no_other_worker_could_read_are_refused(choice: Any) -> None:
+    with pytest.raises(UserError, match="the choices of layers must be numbers, wor") as caught:
+        explore(lambda trial: trial.suggest_categorical("layers", [choice, 1]))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical")
+def test_choices_may_be_tuples() -> None:
+    space = explore(lambda trial: trial.suggest_categorical("layers", [(8,), (8, 8)]))
+    assert space == {"layers": CategoricalDistribution([(8,), (8, 8)])}
+
+
+def test_a_space_that_fails_is_one_line() -> None:
+    with pytest.raises(UserError, match="search_space fails with the first values: KeyError: 'n"):
+        explore(lambda trial: {}["no such"])
+
+
+def script(search_space: Any) -> Script:
+    """Return a script that offers this space."""
+    return Script("my.py", {"search_space": search_space})
+
+
+def adopt(search_space: Any, **env: str) -> optuna.Study:
+    """Let the test's study adopt a space."""
+    settings = Settings.from_env(**env)
+    plan = plan_of(settings, script(search_space))
+    study = create_or_open_study(settings)
+    adopt_space(study, settings, plan)
+    return study
+
+
+def test_a_change_in_a_branch_is_refused_before_a_trial() -> None:
+    def space(momenta: list[float]) -> Any:
+        def search_space(trial: Any) -> None:
+            if trial.suggest_categorical("o", ["adam", "sgd"]) == "sgd":
+                trial.suggest_categorical("m", momenta)
+
+        return search_space
+
+    adopt(space([0.5, 0.9]))
+    adopt(space([0.5, 0.9]))
+    with pytest.raises(UserError, match=r"another search space .*different: m"):
+        adopt(space([0.5, 0.9, 0.99]))
+
+
+def test_a_range_that_optuna_can_extend_is_extended() -> None:
+    study = adopt(lambda trial: trial.suggest_float("x", 0, 1))
+    study.add_trial(
+        optuna.create_trial(
+            value=1.0, params={"x": 0.5}, distributions={"x": FloatDistribution(0, 1)}
+        )
+    )
+    study = adopt(lambda trial: trial.suggest_float("x", -1, 2))
+    assert study.user_attrs["space"]["x"]["attributes"]["high"] == 2
+    trial = study.ask()
+    assert -1 <= trial.suggest_float("x", -1, 2) <= 2
+    with pytest.raises(UserError, match="different: x"):
+        adopt(lambda trial: trial.suggest_float("x", 1e-3, 2, log=True))
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_study_of_stock_optuna_is_adopted_if_its_trials_fit(log: bool) -> None:
+    study = create_or_open_study(Settings.from_env())
+    theirs: dict[str, Any] = {"x": FloatDistribution(0.1, 1, log=log)}
+    study.add_trial(optuna.create_trial(value=1.0, params={"x": 0.5}, distributions=theirs))
+    if not log:
+        assert "space" in adopt(lambda trial: trial.suggest_float("x", 0, 1)).user_attrs
+        return
+    with pytest.raises(UserError, match="has trials with another search space"):
+        adopt(lambda trial: trial.suggest_float("x", 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("fix", "says"),
+    [
+        ("c=1", "c is no parameter of search_space (a, b)"),
+        ("a=7", "a=7 is not in its range"),
+        ("b=word", "b=word is not in its range"),
+    ],
+)
+def test_fixed_parameters_are_checked(fix: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plan_of(Settings.from_env(FIX=fix), script(impossible))
+    assert says in str(caught.value)
+
+
+def test_fixed_parameters_are_held_fast() -> None:
+    settings = Settings.from_env(FIX="a=3", SAMPLER="tpe")
+    study = optuna.create_study(sampler=samplers.make_sampler(settings, 1))
+    for _ in range(15):
+        trial = study.ask()
+        impossible(trial)
+        study.tell(trial, 1.0)
+    assert {trial.params["a"] for trial in study.trials} == {3}
+    assert {trial.params["b"] for trial in study.trials} == {1, 2}
+    grid = plan_of(Settings.from_env(FIX="a=3", SAMPLER="grid"), script(impossible))
+    assert sorted(params["b"] for params in grid.combinations) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"PRUNER": "median:n_warmup=5"}, "n_warmup is no option; there are: n_startup_trials, n"),
+        ({"PRUNER": "percentile:percentile=700"}, "Percentile must be between 0 and 100"),
+        ({"SAMPLER": "tpe:startup=3"}, "SAMPLER=tpe: startup is no option; there are: "),
+        ({"SAMPLER": "tpe:seed=3"}, "seed is no option"),
+        ({"SAMPLER": "nsgaii:population_size=1"}, "SAMPLER=nsgaii: "),
+    ],
+)
+def test_options_are_checked_before_the_first_trial(env: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        pruners.check_search(Settings.from_env(**env))
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_options_reach_optuna() -> None:
+    settings = Settings.from_env(PRUNER="median:n_startup_trials=1,n_warmup_steps=0")
+    study = optuna.create_study(pruner=pruners.make_pruner(settings))
+    for value in (0.1, 0.9):
+        trial = study.ask()
+        for step in range(3):
+            trial.report(value, step)
+            if trial.should_prune():
+                study.tell(trial, state=TrialState.PRUNED)
+                break
+        else:
+            study.tell(trial, value)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+
+
+# ---- grid and brute force ------------------------------------------------------------------
+
+
+def run_grid(study: optuna.Study, found: list[dict[str, Any]]) -> list[FrozenTrial]:
+    """Run trials until the grid is done."""
+    while samplers.assign(found, study.get_trials())[1]:
+        trial = study.ask()
+        impossible(trial)
+        study.tell(trial, 1.0)
+    return study.trials
+
+
+@pytest.mark.parametrize("when", [0, 1])
+@pytest.mark.parametrize("how", ["enqueued", "enqueued in part", "imported", "imported elsewhere"])
+def test_every_combination_is_tried_once_whatever_else_is_in_the_study(when: int, how: str) -> None:
+    found = combinations(impossible, "grid")
+    study = optuna.create_study(sampler=samplers.Combinations(found))
+    for _ in range(when):
+        trial = study.ask()
+        impossible(trial)
+        study.tell(trial, 1.0)
+    last = found[-1]
+    space: dict[str, Any] = {
+        "a": CategoricalDistribution([1, 2, 3]),
+        "b": CategoricalDistribution([1, 2]),
+    }
+    if how == "enqueued":
+        study.enqueue_trial(last)
+    elif how == "enqueued in part":
+        study.enqueue_trial({"a": last["a"]})
+    elif how == "imported":
+        study.add_trial(optuna.create_trial(value=1.0, params=last, distributions=space))
+    else:
+        params = {"a": 1, "b": 2}  # which search_space refuses
+        study.add_trial(optuna.create_trial(value=1.0, params=params, distributions=space))
+    tried = [(t.params["a"], t.params["b"]) for t in run_grid(study, found)]
+    wanted = {(params["a"], params["b"]) for params in found}
+    assert wanted <= set(tried)
+    extra = {"imported elsewhere": 1, "enqueued in part": 1}.get(how, 0)
+    assert len(wanted) <= len(tried) <= len(wanted) + extra
+
+
+# ---- others --------------------------------------------------------------------------------
+
+
+def test_number_of_reports_follows_from_what_was_seen() -> None:
+    def trial(n: int, state: TrialState = TrialState.COMPLETE, reports: int = 0) -> FrozenTrial:
+        return optuna.create_trial(
+            state=state,
+            value=1.0 if state == TrialState.COMPLETE else None,
+            params={"n_epochs": n, "epochs": 9},
+            distributions={"n_epochs": IntDistribution(1, 9), "epochs": IntDistribution(1, 9)},
+            intermediate_values={100 * step: 1.0 for step in range(reports or n)},
+        )
+
+    running = trial(4, TrialState.RUNNING, 1)
+    count = pruners.number_of_reports
+    assert count(running, [trial(3), trial(5)]) == 4
+    assert count(running, [trial(3, reports=7), trial(5, reports=7)]) == 7
+    assert count(running, [trial(3, reports=7), trial(5, reports=6)]) is None
+    assert count(running, []) == 9  # of `epochs`, while nothing else is known
+
+
+def test_value_at() -> None:
+    choices = CategoricalDistribution([1, 2, 3, 4])
+    assert [value_at(choices, p) for p in (0.0, 0.5, 1.0)] == [1, 3, 4]
+    assert value_at(IntDistribution(1, 1024, log=True), 0.5) == 32
+    assert value_at(FloatDistribution(1e-4, 1e-2, log=True), 0.5) == pytest.approx(1e-3)
+
+
+def test_points_of_qmc_are_spread_and_the_same_for_every_worker() -> None:
+    settings = Settings.from_env(SAMPLER="qmc", SEED="3")
+    space: dict[str, Any] = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+    found = []
+    for _ in range(2):
+        study = optuna.create_study(sampler=samplers.make_sampler(settings, None, space=space))
+        trials = [study.ask(space).params for _ in range(16)]
+        found.append([(params["x"], params["y"]) for params in trials])
+    assert found[0] == found[1]
+    for axis in (0, 1):  # one point in each sixteenth
+        assert sorted(int(16 * point[axis]) for point in found[0]) == list(range(16))

@@ -52,9 +52,9 @@ class Bench:
         self.several = settings.gpus_per_trial > 1
         self.few = min(FEW, self.images)
         self.images_matter = True
-        self.study = create_or_open_study(settings)
         self.search_space = me.offers("search_space")
-        self.space: dict[str, BaseDistribution] = plan_of(self.study, settings, me).space
+        self.space: dict[str, BaseDistribution] = plan_of(settings, me).space
+        self.study = create_or_open_study(settings)
         self.fixed = settings.fixed
         self.chance = 0  # above 0: values drawn by chance, because the first ones are refused
         self.values = self.pick(0.0) or {}

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from dataclasses import replace
@@ -30,7 +31,7 @@ from dataclasses import replace
 import optuna
 from optuna.trial import TrialState
 
-from hpo import script
+from hpo import gpu, script
 from hpo.check import costs, resuming
 from hpo.check.bench import FIRST_SECONDS, LEAST, Bench
 from hpo.check.parameters import Parameters
@@ -39,7 +40,7 @@ from hpo.check.table import Table, progress
 from hpo.drain import Drain
 from hpo.script import Script
 from hpo.search.objectives import check_objectives
-from hpo.search.samplers import check_packages
+from hpo.search.pruners import check_search
 from hpo.settings import Settings, use
 from hpo.trial import Objective
 from hpo.words import duration, values
@@ -56,12 +57,13 @@ def check_script(objective: Objective, me: Script, settings: Settings) -> int:
     _be_an_ordinary_process()
     check_objectives(settings)
     script.check_needs(settings.py_script)
-    check_packages(settings)
+    check_search(settings)
     _be_quiet()
     head = f"{me.py_script}: short trials in a temporary folder; your study is not touched"
     print(head, flush=True)
     if prepare := me.offers("prepare"):
         prepare()
+    gpu.check(start=settings.gpus_per_trial == 1)
     Drain(float("inf"))  # from now on, Ctrl-C is noted
     table = Table()
     try:
@@ -72,6 +74,8 @@ def check_script(objective: Objective, me: Script, settings: Settings) -> int:
     except KeyboardInterrupt:
         print("interrupted")
         return INTERRUPTED
+    except gpu.Unusable as error:
+        return _without_gpu(error)
     print(f"\n{head}")
     table.show()
     if table.to_mend:
@@ -79,6 +83,18 @@ def check_script(objective: Objective, me: Script, settings: Settings) -> int:
         return 1
     print(f"ok: PY_SCRIPT={me.py_script} STUDY_NAME=my_study sbatch run-optuna-multinode_Turpan.sh")
     return 0
+
+
+def _without_gpu(error: gpu.Unusable) -> int:
+    """Return the exit status where CUDA of this process is gone: every later row would be wrong.
+
+    After a capture that failed, the whole check begins anew in a fresh process, without captures.
+    """
+    print(f"{error}", flush=True)
+    if error.status == gpu.NO_CAPTURE and not os.environ.get(gpu.NO_CUDA_GRAPHS):
+        os.environ[gpu.NO_CUDA_GRAPHS] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return 1
 
 
 def _be_an_ordinary_process() -> None:

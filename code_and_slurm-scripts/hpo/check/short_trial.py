@@ -27,7 +27,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo import checkpoint
+from hpo import checkpoint, gpu
 from hpo.check import live
 from hpo.check.picking import Picked
 from hpo.drain import Drain, Drained
@@ -164,6 +164,7 @@ class ShortTrial:
 
         Raises:
             KeyboardInterrupt: Ctrl-C.
+            gpu.Unusable: CUDA of this process is gone.
         """
         use(self.settings)
         outcome = Outcome()
@@ -182,6 +183,8 @@ class ShortTrial:
         outcome.seconds = time.monotonic() - begin
         if drain.at_once:
             raise KeyboardInterrupt
+        if gpu.ending:
+            raise gpu.ending
         [frozen] = self.study.get_trials()
         outcome.state, outcome.value = ended.state, frozen.values
         outcome.reason = " ".join([frozen.user_attrs.get("fail_reason", ended.site), *places])

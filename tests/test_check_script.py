@@ -158,7 +158,7 @@ def test_parameters_in_branches_are_tried_there(check: Checker) -> None:
     status, table, _ = check(TOY, space, read)
     assert status == 1
     assert table["kind"].startswith("ok ")
-    assert table["beta"].startswith("ok 1.5 instead of 1 changes")
+    assert table["beta"].startswith("ok 2 instead of 1.5 changes")
     assert table["gamma"].startswith("MEND suggested, but nothing reads it")
 
 

@@ -54,8 +54,8 @@ def test_what_is_wrong_in_a_script_with_a_data_loader(check: Checker) -> None:
     unsaved = ("        checkpoint.save(trial, model, optimizer, losses)\n", "")
     status, table, _ = check(STUDY, DATA, unread, dead, unsaved)
     assert status == 1
-    assert "0.25 instead of 0 changes nothing in" in table["dropout"]
-    assert table["dropout"].startswith("look train_model reads it")
+    assert table["channels"].startswith("MEND suggested, but train_model never reads config[")
+    assert re.match(r"look train_model reads it, but \S+ instead of 0 changes", table["dropout"])
     assert table["resume"].startswith("MEND an interrupted trial began again")
 
 
@@ -121,6 +121,14 @@ def test_a_value_may_reach_the_model_in_another_way(
     assert status == 0
     assert table["lr"] == "ok 0.5 instead of 0.1 changes the result"
     assert table["layers"] == "ok 3 instead of 1 changes the result"
+
+
+def test_a_copy_of_all_values_is_no_use_of_them(check: Checker) -> None:
+    given = ("config, trial):\n    losses", "config, trial):\n    args = __import__('types')"
+             ".SimpleNamespace(**config)\n    losses")  # fmt: skip
+    status, table, _ = check(TOY, given, ('/ config["layers"]', "/ 2"))
+    assert status == 1
+    assert table["layers"].startswith("MEND suggested, but nothing reads it")
 
 
 def test_what_there_is_no_time_for_is_not_tried(check: Checker) -> None:

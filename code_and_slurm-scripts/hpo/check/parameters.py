@@ -16,6 +16,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from hpo.check.bench import Bench
+from hpo.check.config import Config
 from hpo.check.live import own_file
 from hpo.check.picking import others_of
 from hpo.check.short_trial import Outcome
@@ -206,14 +207,15 @@ class Parameters:
                 "look",
                 f"not proven: {change} that is not by chance (no two trials are the same)",
             )
-        if name in bench.read:
+        by_name = Config.ALL not in bench.read  # so it is known what train_model reads
+        if by_name and name in bench.read:
             return "look", f"train_model reads it, but {change}: is it used?"
-        if _mentioned(name):
+        if _mentioned(name) and not (by_name and name in bench.whole.config):
             return "look", f"{change}: is it used, or later?"
         if name not in self.to_the_end and bench.whole.reports:
             return "look", f"{change}, and more was not tried: is it used?"
         reader = "nothing reads it"
-        if name in bench.whole.config:
+        if by_name and name in bench.whole.config:
             reader = f'train_model never reads config["{name}"]'
         return "MEND", f"suggested, but {reader}; {change}"
 

@@ -29,6 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo import checkpoint, gpu
 from hpo.check import live
+from hpo.check.config import Config
 from hpo.check.picking import Picked
 from hpo.drain import Drain, Drained
 from hpo.script import Script
@@ -102,26 +103,6 @@ class Outcome:
     def ended(self) -> bool:
         """Whether it ran to the end of the objective."""
         return self.state == TrialState.COMPLETE
-
-
-class Config(dict[str, Any]):
-    """A configuration that notes which of its values are asked for by name.
-
-    Copies (`**config`, dict(config)) and items() ask for all of them, which proves nothing.
-    """
-
-    def __init__(self, config: Mapping[str, Any], read: set[str]) -> None:
-        super().__init__(config)
-        self.read = read
-
-    def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return a value, as dict.get does."""
-        self.read.add(key)
-        return super().get(key, default)
 
 
 class _Pruner(optuna.pruners.BasePruner):

@@ -27,6 +27,7 @@ What a script may offer.  Only `objective` must be there, and it may be any call
     train_final    check_best_model.py --retrain         no final training on all data
     OBJECTIVES     words: OBJECTIVES=… may name them     one objective
     NEEDS          words: what pip must have installed   a missing package ends in a traceback
+    NO_EPOCHS      --check: True, if it never reports    --check wants a report after each epoch
 
 hpo/script.py finds out what a script offers.
 """

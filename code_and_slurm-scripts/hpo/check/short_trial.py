@@ -1,8 +1,8 @@
 """One short trial of a script, watched: what --check (hpo/check/check_script.py) is made of.
 
-    trial = ShortTrial(objective)                          a new study, in the folder of STUDY_DB
-    outcome = trial.run(lambda reports: len(reports) >= 3)      until should_prune says yes
-    outcome = trial.run(...)                               goes on, if it was interrupted
+    trial = ShortTrial(objective, me, {"lr": 0.1})         a new study, in the folder of STUDY_DB
+    outcome = trial.run(after(1, Do.STOP))                 interrupted after its first report …
+    outcome = trial.run()                                  … it goes on, to the end of the objective
 
 Every such trial is number 0 of a study of its own and starts from the same seeds, with values that
 are picked instead of sampled: two of them with the same values compute the same.
@@ -12,27 +12,54 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import FrameType
 from typing import Any, TypeAlias
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo import checkpoint, gpu
+from hpo.check import live
+from hpo.check.picking import Picked
 from hpo.drain import Drain, Drained
 from hpo.script import Script
-from hpo.search.space import value_at
 from hpo.settings import Settings, use
 from hpo.study.opening import create_or_open_study
 from hpo.trial import Objective, let_several_objectives_report, run_trial
 
 Reports: TypeAlias = "list[tuple[int, float]]"  # step, value
-EPOCHS = 3  # of a short trial, if it has not ended by itself
-Answer: TypeAlias = Callable[[Reports], bool]  # of should_prune; may raise Drained
+LOOKING = 3.0  # seconds that the snapshots of a run may take; the first two are always made
+PATIENCE = 20, 5.0  # reports, seconds: until a script that is to end is no longer waited for
+
+
+class Do(Enum):
+    """What a trial is to do after a report."""
+
+    GO_ON = 0
+    END = 1  # should_prune() says yes
+    STOP = 2  # the worker stops, as when its job ends: the trial goes on another time
+
+
+Answer: TypeAlias = Callable[[Reports], Do]
+
+
+def after(reports: int, what: Do) -> Answer:
+    """Return the answer of a trial that is to end, or to stop, after so many reports."""
+    return lambda so_far: what if len(so_far) >= reports else Do.GO_ON
+
+
+def to_the_end(so_far: Reports) -> Do:
+    """Never end it."""
+    return Do.GO_ON
 
 
 @dataclass
@@ -40,42 +67,41 @@ class Outcome:
     """What one run of a short trial did."""
 
     state: TrialState = TrialState.RUNNING
-    value: Any = None  # of the objective; None unless the trial is complete
+    value: Any = None  # of the objective, a list; None unless the trial is complete
     reason: str = ""  # of a failure
     reports: Reports = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # of the reports, seconds after the start
     asked: int = 0  # calls of should_prune
-    first_report: float = math.inf  # seconds after the start
+    late: bool = False  # the time was over
     seconds: float = 0.0
+    saves: list[list[float]] = field(default_factory=list)  # sums of the weights
+    kept: set[int] = field(default_factory=set)  # what was given to checkpoint.save
+    seen: list[dict[str, live.Seen]] = field(default_factory=list)  # at each of the first reports
     distributions: dict[str, BaseDistribution] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # what train_model was given
     read: set[str] = field(default_factory=set)  # keys that it asked its config for
 
     @property
-    def result(self) -> tuple[Any, ...]:
-        """What two trials have in common if they computed the same."""
-        return self.state, self.value, self.reports
+    def first_report(self) -> float:
+        """Seconds from the start to the first report; infinite without one."""
+        return self.times[0] if self.times else math.inf
 
+    @property
+    def epoch(self) -> float:
+        """Seconds of an epoch: not of the first, which pays for the start, if there are more."""
+        steps = sorted(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+        return steps[len(steps) // 2] if steps else min(self.first_report, self.seconds)
 
-class Picked(optuna.samplers.BaseSampler):
-    """Gives each parameter the value at `position`, but for those that `changes` has."""
+    @property
+    def refused(self) -> bool:
+        """Whether the script takes no trial with these values."""
+        return self.state == TrialState.PRUNED and not self.reports and not self.asked
 
-    def __init__(self, position: float, changes: Mapping[str, Any]) -> None:
-        self.position, self.changes = position, changes
-
-    def infer_relative_search_space(self, *_: Any) -> dict[str, BaseDistribution]:
-        """Return nothing: every parameter is independent of the others."""
-        return {}
-
-    def sample_relative(self, *_: Any) -> dict[str, Any]:
-        """Return nothing, for the same reason."""
-        return {}
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution
-    ) -> Any:
-        """Return the value of one parameter."""
-        return self.changes.get(name, value_at(distribution, self.position))
+    @property
+    def ended(self) -> bool:
+        """Whether it ran to the end of the objective."""
+        return self.state == TrialState.COMPLETE
 
 
 class Config(dict[str, Any]):
@@ -98,94 +124,165 @@ class Config(dict[str, Any]):
         return super().get(key, default)
 
 
-class AskedPruner(optuna.pruners.BasePruner):
-    """Gives the answers of a check to should_prune(), and notes that it was called."""
+class _Pruner(optuna.pruners.BasePruner):
+    """Answers should_prune(), and notes that it was called."""
 
     def __init__(self, outcome: Outcome, answer: Answer) -> None:
-        self.outcome, self.answer = outcome, answer
-        self.said_yes = False
+        self.outcome, self.answer, self.over = outcome, answer, False
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Return the answer; Drained, which it may raise, goes through the trial."""
+        """Return the answer; Drained goes through the trial, as in a worker."""
         self.outcome.asked += 1
-        self.said_yes = self.answer(self.outcome.reports)
-        return self.said_yes
+        what = self.answer(self.outcome.reports) if self.outcome.reports else Do.GO_ON
+        self.over = what != Do.GO_ON
+        if what == Do.STOP:
+            raise Drained
+        return self.over
 
 
 class ShortTrial:
     """Trial 0 of a new study in STUDY_DB, which is a temporary one."""
 
     studies = 0
+    asks = True  # whether the script is known to ask should_prune()
 
     def __init__(
-        self,
-        objective: Objective,
-        me: Script,
-        position: float = 0.0,
-        changes: Mapping[str, Any] | None = None,
+        self, objective: Objective, me: Script, values: Mapping[str, Any], chance: int = 0
     ) -> None:
-        """Make the study; see `Picked` for `position` and `changes`."""
+        """Make the study; see `Picked` for `values` and `chance`."""
         ShortTrial.studies += 1
         # Its checkpoints are its own, too.
         settings = use(replace(Settings.from_env(), study_name=f"check-{self.studies}"))
+        self.settings = settings
         self.study = create_or_open_study(settings)
-        self.study.sampler = Picked(position, changes or {})
-        self.objective, self.names = objective, me.names
+        self.study.sampler = Picked(values, chance)
+        self.objective, self.me = objective, me
         self.runs = 0
 
-    def run(self, answer: Answer) -> Outcome:
-        """Run it until it ends, or until `answer` ends it; once more to resume it.
+    def run(self, answer: Answer = to_the_end, limit: float = math.inf) -> Outcome:
+        """Run it until it ends, or `answer` or the `limit` (seconds) ends it; again, to resume it.
 
         Raises:
-            SystemExit: Ctrl-C.
+            KeyboardInterrupt: Ctrl-C.
+            gpu.Unusable: CUDA of this process is gone.
         """
+        use(self.settings)
         outcome = Outcome()
         drain = Drain(math.inf)
         seed_everything(self.runs)  # whoever resumes it is another process, elsewhere in its seeds
         self.runs += 1
-        self.study.pruner = pruner = AskedPruner(outcome, answer)
+        pruner = self.study.pruner = _Pruner(outcome, answer)
         trial = self.study.ask()
         if len(self.study.directions) > 1:
             let_several_objectives_report(trial)
-        self._watch_reports(trial, outcome, pruner)
         begin = time.monotonic()
-        with watch_config(self.names, outcome):
-            outcome.state = run_trial(self.study, trial, self.objective, drain).state
+        _watch_reports(trial, outcome, pruner, begin)
+        places: list[str] = []
+        with _watched(self.me, outcome), _time_limit(limit, outcome):
+            ended = run_trial(self.study, trial, _placed(self.objective, places), drain)
         outcome.seconds = time.monotonic() - begin
-        if drain.is_due():
-            raise SystemExit("the check was interrupted")
+        if drain.at_once:
+            raise KeyboardInterrupt
+        if gpu.ending:
+            raise gpu.ending
         [frozen] = self.study.get_trials()
-        outcome.value = frozen.values
-        outcome.reason = frozen.user_attrs.get("fail_reason", "")
+        outcome.state, outcome.value = ended.state, frozen.values
+        outcome.reason = " ".join([frozen.user_attrs.get("fail_reason", ended.site), *places])
         outcome.params, outcome.distributions = frozen.params, frozen.distributions
         return outcome
 
-    def _watch_reports(self, trial: optuna.Trial, outcome: Outcome, pruner: AskedPruner) -> None:
-        report, begin = trial.report, time.monotonic()
 
-        def watched(value: float, step: int) -> None:
-            if pruner.said_yes or len(outcome.reports) >= EPOCHS:
-                raise Drained  # it does not ask, or it does not listen: nothing else ends it
-            report(value, step)
-            outcome.reports.append((step, float(value)))
-            outcome.first_report = min(outcome.first_report, time.monotonic() - begin)
+def _placed(objective: Objective, places: list[str]) -> Objective:
+    """Return the objective; where it fails, `places` is given the line of the user's script."""
 
-        trial.report = watched  # type: ignore[method-assign]
+    def placed(trial: optuna.Trial) -> Any:
+        try:
+            return objective(trial)
+        except (optuna.TrialPruned, Drained):
+            raise
+        except BaseException as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [f for f in frames if live.own_file(f.filename) and f.name != "placed"]
+            if own:
+                places.append(f"({own[-1].filename.rpartition('/')[2]}, line {own[-1].lineno})")
+            raise
+
+    return placed
+
+
+def _watch_reports(trial: optuna.Trial, outcome: Outcome, pruner: _Pruner, begin: float) -> None:
+    report = trial.report
+    before = {id(value) for value in live.alive()}
+    wanted: list[float] = []  # when it should have ended
+    looking = 0.0  # seconds that the check itself has taken
+    skipped = False
+
+    def watched(value: float, step: int) -> None:
+        nonlocal looking, skipped
+        if outcome.late or pruner.over or (wanted and _waited(wanted)):
+            raise Drained  # it does not ask, or it does not listen: nothing else ends it
+        report(value, step)
+        outcome.reports.append((int(step), float(value)))
+        now = time.monotonic()
+        outcome.times.append(now - begin - looking)
+        if len(outcome.seen) < 2 or (looking < LOOKING and not skipped):
+            outcome.seen.append(live.snapshot(sys._getframe(1), before))
+        else:
+            skipped = True  # of those there are, none may be missing in between
+        looking += time.monotonic() - now
+        what = pruner.answer(outcome.reports)
+        if what != Do.GO_ON:
+            wanted.append(time.monotonic())
+        if what == Do.STOP:
+            signal.raise_signal(signal.SIGUSR1)  # the worker is to stop after this epoch
+
+    trial.report = watched  # type: ignore[method-assign]
+
+
+def _waited(wanted: list[float]) -> bool:
+    """Whether a trial that was to end has had its time to ask should_prune()."""
+    reports, seconds = PATIENCE
+    long_ago = time.monotonic() - wanted[0] > seconds
+    return not ShortTrial.asks or len(wanted) >= reports or long_ago
 
 
 @contextmanager
-def watch_config(script: Any, outcome: Outcome) -> Iterator[None]:
-    """Note what the script's train_model asks its configuration for, where it has both.
+def _time_limit(seconds: float, outcome: Outcome) -> Iterator[None]:
+    """Interrupt the trial that runs in this block when its time is over."""
 
-    What search_space itself reads, or what counts the parameters, does not train.
+    def stop(signum: int, frame: FrameType | None) -> None:
+        outcome.late = True
+        raise Drained
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds if seconds < math.inf else 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _watched(me: Script, outcome: Outcome) -> Iterator[None]:
+    """Note what train_model asks its configuration for, and the weights that it saves.
+
+    What search_space itself reads, or what counts the parameters, does not train.  The processes
+    of a trial on several GPUs import the script afresh: there, nothing is noted.
     """
-    original = script.get("train_model")
+    names: Any = me.names
+    save, train_model = checkpoint.save, names.get("train_model")
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        return original(
-            *[note(value) for value in args],
-            **{name: note(value) for name, value in kwargs.items()},
-        )
+    def saved(*arguments: Any, **others: Any) -> Any:
+        found = save(*arguments, **others)
+        model = arguments[1] if len(arguments) > 1 else others.get("model")
+        state: Any = getattr(model, "state_dict", dict)()
+        outcome.kept |= {live.identity_of(each) for each in (*arguments, *others.values())}
+        outcome.saves.append(live.totals(state.values()))
+        return found
+
+    def watched(*arguments: Any, **others: Any) -> Any:
+        return train_model(*map(note, arguments), **{n: note(v) for n, v in others.items()})
 
     def note(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -193,14 +290,17 @@ def watch_config(script: Any, outcome: Outcome) -> Iterator[None]:
         outcome.config = value
         return Config(value, outcome.read)
 
-    if original is None:
-        yield
-        return
-    script["train_model"] = watched
+    replaced = {name: value for name, value in names.items() if value is save}
+    if callable(train_model) and Settings.from_env().gpus_per_trial == 1:
+        replaced["train_model"] = train_model
+    for name in replaced:
+        names[name] = watched if name == "train_model" else saved
+    checkpoint.save = saved
     try:
         yield
     finally:
-        script["train_model"] = original
+        checkpoint.save = save
+        names.update(replaced)
 
 
 def seed_everything(seed: int) -> None:

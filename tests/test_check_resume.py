@@ -1,0 +1,102 @@
+"""--check and what a trial loses when it is interrupted: named, and no more than that."""
+
+from __future__ import annotations
+
+import pytest
+
+from checked import NET, Checker, check, lines
+from hpo.check.live import Seen, lost
+
+__all__ = ["check"]
+COSINE = 'scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config["epochs"])'
+STEP = "scheduler = torch.optim.lr_scheduler.StepLR(optimizer, {}, 0.1)"
+EMA = "ema = torch.optim.swa_utils.AveragedModel(model)"
+EMA_LOSS = "ema.update_parameters(model)\nloss = float((ema(x) - y).square().mean())"
+GENERATOR = "generator = torch.Generator().manual_seed(1)"
+LATE = "if epoch >= 3:\n    noise = float(torch.randn((), generator=generator))"
+FAST_FORWARD = COSINE + "\nfor _ in losses:\n    scheduler.step()"
+
+
+def test_what_is_saved_is_found_to_be_there(check: Checker) -> None:
+    status, table, _ = check(NET)
+    assert status == 0
+    assert table["one trial"].startswith("ok 4 epochs in")
+    assert table["resume"] == (
+        "ok interrupted after epoch 1 it went on at epoch 2, to the same value after epoch 8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("places", "named"),
+    [
+        ({"before": COSINE, "after": "scheduler.step()"}, "scheduler (CosineAnnealingLR)"),
+        ({"before": STEP.format(3), "after": "scheduler.step()"}, "scheduler (StepLR)"),
+        ({"before": STEP.format(6), "after": "scheduler.step()"}, "scheduler (StepLR)"),
+        ({"before": EMA, "after": EMA_LOSS}, "ema (AveragedModel)"),
+        ({"before": GENERATOR, "epoch": LATE}, "generator (Generator)"),
+        ({"before": "ema = copy.deepcopy(model)", "after": "for mine, other in zip(ema.parameters()"
+          ", model.parameters()):\n    mine.data.lerp_(other.data, 0.1)\n"
+          "loss = float((ema(x) - y).square().mean())"}, "ema (Linear)"),
+        ({"epoch": "noise = random.random()"}, "Python's random numbers"),
+    ],
+)  # fmt: skip
+def test_what_no_checkpoint_holds_is_named(
+    check: Checker, places: dict[str, str], named: str
+) -> None:
+    status, table, _ = check(NET, *lines(**places))
+    assert status == 1
+    assert table["resume"].startswith("MEND ")
+    assert table["resume"].endswith(f"not in its checkpoint: {named}")
+
+
+def test_what_cannot_be_named_is_found(check: Checker) -> None:
+    later = lines(before="noises = iter(range(99))", epoch="noise = float(next(noises))")
+    status, table, _ = check(NET, *later)
+    assert status == 1
+    assert table["resume"].startswith(
+        "MEND interrupted after epoch 1 it went on at epoch 2, but to"
+    )
+
+
+def test_a_schedule_that_is_brought_up_to_date_is_no_mistake(check: Checker) -> None:
+    forward = lines(
+        before="twin = torch.optim.SGD(model.parameters(), lr=config['lr'])",
+        loaded=FAST_FORWARD.replace("(optimizer", "(twin"),
+        after="scheduler.step()\noptimizer.param_groups[0]['lr'] = scheduler.get_last_lr()[0]",
+    )
+    status, table, _ = check(NET, *forward)
+    assert status == 0
+    assert table["resume"].startswith("ok ")
+
+
+def test_a_schedule_that_never_acts_is_a_remark(check: Checker) -> None:
+    status, table, _ = check(NET, *lines(before=STEP.format(99), after="scheduler.step()"))
+    assert status == 0
+    assert table["resume"].startswith("look ")
+    assert "scheduler (StepLR)" in table["resume"]
+
+
+def test_it_is_a_mistake_where_longer_trials_were_not_tried(check: Checker) -> None:
+    long = ("[4, 8]", "[4, 100_000]")
+    status, table, _ = check(NET, long, *lines(before=STEP.format(99), after="scheduler.step()"))
+    assert status == 1
+    assert "scheduler (StepLR)" in table["resume"]
+
+
+def test_a_variable_that_counts_is_a_remark(check: Checker) -> None:
+    status, table, _ = check(NET, *lines(before="best, calls = 1e9, 0", after="calls += 1"))
+    assert status == 0
+    assert table["resume"].startswith("look ")
+    assert "calls" in table["resume"]
+    assert "best" not in table["resume"]
+
+
+def test_lost_is_what_changes_alike_and_then_does_not() -> None:
+    def seen(**numbers: float) -> dict[str, Seen]:
+        return {name: Seen(False, number) for name, number in numbers.items()}
+
+    first = seen(epoch=0, best=9, start=0, clock=1, twice=1)
+    second = seen(epoch=1, best=8, start=0, clock=2, twice=2)
+    again = seen(epoch=0, best=9, start=0, clock=7, twice=1)
+    resumed = seen(epoch=1, best=8.5, start=1, clock=8)
+    assert lost(first, second, again, resumed) == {"best": False}

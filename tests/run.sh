@@ -29,10 +29,13 @@ make_venv "$venv" test
 bin=$PWD/$venv/bin
 
 if [[ $environment == new ]]; then # the linters see the same files in both
-    mapfile -t shell_files < <(git ls-files '*.sh' .ci/run)
+    # Not by git: the tests also run in an unpacked archive.
+    mapfile -t shell_files < <(find .ci/run code_and_slurm-scripts tests -type f \
+        \( -name '*.sh' -o -name run \) -not -path '*/.*/*.sh')
     "$bin/ruff" check .
     "$bin/ruff" format --check .
     "$bin/mypy" --python-executable "$bin/python"
+    (cd code_and_slurm-scripts && "$bin/lint-imports" ../pyproject.toml)
     "$bin/shellcheck" "${shell_files[@]}"
     "$bin/shfmt" --indent 4 --case-indent --diff "${shell_files[@]}"
 fi

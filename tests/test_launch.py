@@ -237,7 +237,7 @@ def test_estimate_needs_no_job(job: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "500 of 500 trials left" in result.stdout
-    assert "2 (small), 4 workers, one per GPU" in result.stdout
+    assert "2 (small), 4 tasks, 4 workers" in result.stdout
     assert "assumed: none finished" in result.stdout
     assert "(160 cores)" in result.stdout
     assert not (job / "study.db").exists()
@@ -246,7 +246,7 @@ def test_estimate_needs_no_job(job: Path) -> None:
 def test_dead_worker_is_started_again_three_times(tmp_path: Path) -> None:
     worker = tmp_path / "worker.sh"
     worker.write_text(f"echo x >>{tmp_path}/starts; kill -9 $$")
-    keeper = BUNDLE / "code_and_slurm-scripts" / "hpo" / "keep_running.sh"
+    keeper = BUNDLE / "code_and_slurm-scripts" / "hpo" / "job" / "keep_running.sh"
     result = subprocess.run(["bash", str(keeper), str(worker), "bash"], capture_output=True)
     assert result.returncode == 137
     assert (tmp_path / "starts").read_text() == "x\n" * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -167,7 +168,10 @@ def test_a_worker_that_comes_between_two_writes_is_accepted(
 def test_objective_without_a_search_space_function(run: Run) -> None:
     result = run(HELPERS / "objective_for_tests.py", SAMPLER="grid")
     assert result.returncode == 2
-    assert "needs a function search_space(trial) in objective_for_tests.py" in result.stderr
+    assert (
+        "needs a function search_space(trial) in ../tests/helpers/objective_for_tests.py"
+        in result.stderr
+    )
     assert run(HELPERS / "objective_for_tests.py", TOTAL_TRIALS="2").returncode == 0
 
 
@@ -203,13 +207,20 @@ def test_grid_of_mnist_has_192_combinations(monkeypatch: pytest.MonkeyPatch) -> 
 def test_missing_package_is_one_line_with_the_command(
     name: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != package or None)
+    version = importlib.metadata.version
+
+    def all_but_one(name: str) -> str:
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", all_but_one)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("SAMPLER", name)
     monkeypatch.setenv("APPTAINER_CONTAINER", "/images/pytorch.sif")
     with pytest.raises(UserError, match=f"SAMPLER={name} needs {package}, which") as caught:
         samplers.check_packages(Settings.from_env())
-    assert f"/images/pytorch.sif pip install --user {package}" in str(caught.value)
+    assert f"/images/pytorch.sif pip install --user {package}==" in str(caught.value)
 
 
 def test_cmaes_moves_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:

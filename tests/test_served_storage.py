@@ -33,7 +33,7 @@ def server(own_study: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproc
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
     monkeypatch.setenv("PY_SCRIPT", OBJECTIVE.name)
     create_or_open_study(Settings.from_env())._storage.remove_session()
-    command = [sys.executable, "-m", "hpo.study.served", str(WORKERS)]
+    command = [sys.executable, "-m", "hpo.study.server", str(WORKERS)]
     process = subprocess.Popen(command, cwd=SCRIPTS, text=True, stderr=subprocess.PIPE)
     end = time.monotonic() + 60
     while not server_path(own_study).exists():

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from common import SCRIPTS, Run
-from hpo.settings import Settings, UserError
+from hpo.settings import VARIABLES, Settings, UserError
+from hpo.study.opening import create_or_open_study
 
 
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("TOTAL_TRIALS", "0", "an integer of 1 or more"),
+        ("TOTAL_TRIALS", "0", "an integer from 1 to 999999999"),
         ("TOTAL_TRIALS", "-5", "an integer of 1 or more"),
         ("TOTAL_TRIALS", "many", "an integer of 1 or more"),
         ("TOTAL_TRIALS", "1.5", "an integer of 1 or more"),
         ("TOTAL_TRIALS", "٥", "an integer of 1 or more"),
         ("TRAIN_IMAGES", "60000", "from 128 to 50000"),
-        ("SEED", "x", "an integer of 0 or more"),
+        ("SEED", "x", "an integer from 0 to 4294967295"),
+        ("SEED", "4294967296", "an integer from 0 to 4294967295"),
+        ("SLURM_JOB_END_TIME", "abc", "is no number"),
+        ("STUDY_NAME", "é" * 101, "at most 100"),
+        ("STUDY_DB", "sqlite:///study.db?mode=ro", "nothing may follow"),
+        ("STUDY_DB", f"sqlite:///{'n' * 250}.db", "too long"),
+        ("PY_SCRIPT", ".", "is no Python script"),
+        ("PY_SCRIPT", f"{'n' * 300}.py", "is no Python script"),
+        ("FIX", "lr", "is not NAME=VALUE"),
+        ("PRUNER", "median:fast", "is not NAME=VALUE"),
+        ("STOP_VALUE", "low", "is no number"),
+        ("SCRIPT_ARGS", "--name 'one", "No closing quotation"),
         ("SAMPLER", "bayes", "choose one of: tpe, random"),
         ("PRUNER", "scissors", "choose one of: median, percentile"),
         ("DIRECTION", "down", "choose one of: minimize, maximize"),
@@ -53,7 +68,7 @@ def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # root may write everywhere, so the answer of the operating system is replaced, not the check.
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match="no permission to write"):
-        Settings.from_env()
+        create_or_open_study(Settings.from_env())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -79,3 +94,38 @@ def test_empty_variable_means_default(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rank_of_a_slurm_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_PROCID", "3")
     assert Settings.from_env().rank == 3
+
+
+def test_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Settings.from_env()
+    monkeypatch.setenv("TOTAL_TRIALS", "7")
+    assert Settings.from_env() is first
+    # Who gives something reads anew, and the rest of the process follows.
+    assert Settings.from_env(STUDY_NAME="other").total_trials == 7
+    assert Settings.from_env().study_name == "other"
+
+
+def test_options_and_fixed_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.from_env(
+        PRUNER="median:n_warmup_steps=5,n_startup_trials=10",
+        FIX="batch_size=64,layers=(8, 8),name=adam,lr=1e-3",
+    )
+    assert settings.pruner == "median"
+    assert settings.pruner_options == {"n_warmup_steps": 5, "n_startup_trials": 10}
+    assert settings.fixed == {"batch_size": 64, "layers": (8, 8), "name": "adam", "lr": 1e-3}
+
+
+def print_table(*words: str, **env: str) -> str:
+    """Return what python -m hpo.settings prints."""
+    command = [sys.executable, "-m", "hpo.settings", *words]
+    return subprocess.check_output(command, cwd=SCRIPTS, env={**os.environ, **env}, text=True)
+
+
+def test_table_names_every_setting_and_what_was_given() -> None:
+    table = print_table(FIX="a=1")
+    assert [line.split()[0] for line in table.splitlines()] == [v.name for v in VARIABLES]
+    assert "FIX              a=1 " in table
+    given = print_table("given", FIX="a=1", SCRIPT_ARGS="--data 'my data'")
+    assert "FIX=a=1" in given
+    assert """SCRIPT_ARGS='--data '"'"'my data'"'"''""" in given
+    assert "SAMPLER" not in given

@@ -10,7 +10,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from common import SCRIPTS, Run
+from common import HELPERS, SCRIPTS, Run
 from hpo.settings import Settings, UserError
 from hpo.study.opening import create_or_open_study, open_study
 
@@ -44,16 +44,17 @@ def test_twelve_processes_create_one_study(own_study: Path) -> None:
     assert files == {"study.db", "study.db-journal"}  # SQLite's two, and nothing left over
 
 
-def test_second_study_in_the_same_file(monkeypatch: pytest.MonkeyPatch, own_study: Path) -> None:
+def test_second_study_in_the_same_file(own_study: Path) -> None:
     create_or_open_study(Settings.from_env())
-    monkeypatch.setenv("STUDY_NAME", "second")
-    create_or_open_study(Settings.from_env())
+    create_or_open_study(Settings.from_env(STUDY_NAME="second"))
     names = optuna.get_all_study_names(storage=f"sqlite:///{own_study}")
     assert sorted(names) == ["mnist_hpo", "second"]
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("DIRECTION", "maximize"), ("PY_SCRIPT", "my_model.py")]
+    ("name", "value"),
+    [("DIRECTION", "maximize"), ("PY_SCRIPT", str(HELPERS / "objective_for_tests.py"))],
+    ids=["direction", "script"],
 )
 def test_study_of_another_objective_is_refused(
     name: str, value: str, own_study: Path, run: Run

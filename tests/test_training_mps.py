@@ -13,7 +13,7 @@ import pytest
 
 from common import SCRIPTS
 
-MPS = SCRIPTS / "hpo" / "mps.sh"
+MPS = SCRIPTS / "hpo" / "job" / "mps.sh"
 CONTROL = """#!/bin/bash
 # Stands for NVIDIA's daemon.
 if [[ ${1:-} == -d ]]; then echo start >>"$RECORD"; exit; fi

@@ -55,7 +55,7 @@ def test_worker_stops_at_total_trials_and_a_larger_total_adds(run: Run) -> None:
     assert [trial.number for trial in trials()] == list(range(10))
     # By hand, without the job's environment: the study knows the total of its last job.
     assert "10 of 10 trials" in run("check_best_model.py").stdout
-    assert "(10 of 10 trials)" in run("init_optuna_db.py", PY_SCRIPT=OBJECTIVE.name).stdout
+    assert "(10 of 10 trials)" in run("init_optuna_db.py", PY_SCRIPT=str(OBJECTIVE)).stdout
     assert "10 of 12 trials" in run("check_best_model.py", TOTAL_TRIALS="12").stdout
     assert all(trial.state.is_finished() for trial in trials())
 
@@ -80,12 +80,16 @@ def test_one_bad_trial_is_recorded_and_the_worker_goes_on(
     assert len(found) == 4
 
 
-@pytest.mark.parametrize("behaviour", ["raise", "text"])
-def test_broken_objective_stops_the_worker_with_its_traceback(behaviour: str, run: Run) -> None:
+@pytest.mark.parametrize(
+    ("behaviour", "says"), [("raise", "Traceback"), ("text", "'nothing' (str), which is no number")]
+)
+def test_broken_objective_stops_the_worker_and_says_why(
+    behaviour: str, says: str, run: Run
+) -> None:
     result = run(OBJECTIVE, TOTAL_TRIALS="50", BEHAVIOUR=behaviour)
     assert result.returncode == 1
     assert len(trials()) == 3
-    assert "Traceback" in result.stdout
+    assert says in result.stdout
     assert "3 trials in a row failed" in result.stdout
 
 

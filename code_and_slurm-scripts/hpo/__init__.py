@@ -68,8 +68,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ddp":
-        return import_module("hpo.train.ddp")
+    if name in ("checkpoint", "ddp"):
+        return import_module("hpo.checkpoint" if name == "checkpoint" else "hpo.train.ddp")
     if name in _PLACES:
         return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"hpo offers no {name!r}; it offers {', '.join(__all__)}")

@@ -68,9 +68,7 @@ def declared(py_script: str, name: str) -> tuple[str, ...]:
     if not (SCRIPTS / py_script).is_file():
         return ()
     for node in _parse(py_script).body:
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+        if name in _assigned(node):
             return _words(node.value, name, py_script)  # type: ignore[attr-defined]
     return ()
 
@@ -80,12 +78,20 @@ def defines(py_script: str, name: str) -> bool:
     if not (SCRIPTS / py_script).is_file():
         return False
     for node in _parse(py_script).body:
-        if getattr(node, "name", "") == name:
+        if getattr(node, "name", "") == name or name in _assigned(node):
             return True
         aliases = node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else []
         if any((alias.asname or alias.name) == name for alias in aliases):
             return True
     return False
+
+
+def _assigned(node: ast.stmt) -> set[str]:
+    """Return the names that a statement like NAME = …, or NAME: str = …, gives a value."""
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        targets = [node.target]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def check_needs(py_script: str) -> None:

@@ -283,6 +283,8 @@ def _log_end(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, seconds
         what = f"complete: {values(outcome.values)}"
     elif outcome.state == TrialState.WAITING:
         what = "back to the queue"
+    elif outcome.reason:
+        what = f"failed ({outcome.reason})"
     line = f"trial {trial.number} {what} after {seconds:.1f} s ({parameters(trial.params)})"
     if len(study.directions) > 1:
         line += f"; {len(study.best_trials)} trials in the Pareto front"

@@ -22,7 +22,7 @@ from hpo.study.trials import count
 CORES_PER_NODE = 80
 SHARED = ("shared", "3g.40gb", "2g.20gb")  # partitions that are billed by the core
 START_SECONDS = 40.0  # container, preflight, imports, report: an assumption, to be on the safe side
-ASSUMED_TRIAL_SECONDS = 5.0  # a mean MNIST trial on one A100: an assumption, not a measurement
+ASSUMED_TRIAL_SECONDS = 5.0  # the example on one A100: an assumption, not a measurement
 
 
 def trial_seconds(settings: Settings) -> tuple[list[float], int]:

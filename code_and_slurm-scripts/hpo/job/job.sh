@@ -24,7 +24,9 @@ check_settings() {
     fi
     export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}" # a task per GPU; each starts so many workers
     export CONTAINER PY_SCRIPT STUDY_DB STUDY_NAME TOTAL_TRIALS SAMPLER PRUNER
-    "${in_container[@]}" python -m hpo.packages || exit 2 # the tested Optuna
+    "${in_container[@]}" python -m hpo.packages ||
+        die "the tested Optuna is not installed in the image; on the login node, once:
+    apptainer exec --bind /tmpdir,/work $CONTAINER pip install --user -r requirements-container.txt"
 }
 
 # What Slurm knows and the container cannot ask: it has no squeue.

@@ -1,9 +1,43 @@
-"""Where a study lives.  Imported from outside: opening, trials, upkeep, storage (for its errors).
+"""Where a study lives, and how its workers share it.
 
-opening     STUDY_DB → a study, created or opened, and checked
-storage     the Optuna storage for many workers on one SQLite file; held, studies, tables and
-            cache are its parts, sqlite_file the file under it, leases the right to a trial
-served      a worker's side, and server the process, where locks do not hold between nodes
-upkeep      the thread that keeps a worker's lease, returns dead workers' trials, makes backups
-trials      what the trials add up to: counts, total, best, reasons
+A study is one SQLite file in Optuna's own tables, so that stock Optuna of the tested version and
+optuna-dashboard may open it at any time.  Nobody directs the workers.  Each of them, one per GPU,
+
+1. claims a trial: a waiting one if there is one, otherwise a new one while the study has fewer
+   than TOTAL_TRIALS.  The claim and the count are one transaction;
+2. trains it, and reports after each epoch;
+3. writes how it ended (COMPLETE, PRUNED or FAIL), and claims the next.
+
+A slow trial holds up nobody but its own GPU.  A worker that has nothing left to claim waits for
+the others, in case one of them dies.
+
+Exactly once.  The study ends with TOTAL_TRIALS trials, numbered from 0, each finished once, however
+many workers and jobs there were and however many of them died.  A claim gives a lease: the right to
+report and to finish.  The worker renews it every few seconds, and every write renews and checks it
+in the same transaction.  Whoever sees that a lease has not moved for LEASE_GRACE seconds of his own
+clock gives the trial back to the queue, with its parameters and its finished epochs; so he does at
+once where he knows that its job has left Slurm's queue.  The former holder, should it wake up, can
+write no more.  A trial that has killed its worker three times is FAIL.
+
+Where locks do not hold between nodes (check_cluster.py finds out), one process on the job's first
+node opens the file, and the job's workers reach it over the job's network.  The file belongs to
+that job until it ends; everybody else reads the backup.
+
+Backup.  While workers run, study.db.backup beside study.db is a whole copy, checked and at most a
+minute old.  A damaged study never replaces it.
+
+sqlite:///study.db is the file in the scripts' folder, whatever the current directory.  Other URLs
+are Optuna's own storages, and only as good: with PostgreSQL the study may end with as many trials
+too many as there are workers, less one; there is no backup; and the trial of a worker that was
+killed stays RUNNING and is not run again.
+
+Imported from outside are opening, trials, upkeep, optuna_private, and storage for its errors:
+
+    opening      STUDY_DB → a study, created or opened, and checked
+    storage      the storage of the workers; its parts are held (the trials that this process
+                 runs), studies, tables and cache, and under them sqlite_file and leases
+    served       a worker's side of a served study;  server: the process that serves it
+    upkeep       the thread that renews leases, returns dead workers' trials, makes the backup
+    trials       what the trials add up to: counts, the total, the best, the reasons
+    optuna_private   the names of Optuna that are not public, each held by a test
 """

@@ -24,7 +24,7 @@ def storage_of(study: optuna.Study) -> BaseStorage:
     return study._storage
 
 
-def study_id(study: optuna.Study) -> int:
+def study_id(study: optuna.Study | FrozenStudy) -> int:
     """Return the id of a study in its storage."""
     return study._study_id
 

@@ -13,6 +13,7 @@ from optuna.exceptions import DuplicatedStudyError
 from optuna.study import StudyDirection
 
 from hpo.study.optuna_private import FrozenStudy
+from hpo.study.optuna_private import study_id as id_of_study
 from hpo.study.sqlite_file import StudyFile
 from hpo.study.tables import set_attribute
 
@@ -67,7 +68,7 @@ class Studies:
     def get(self, study_id: int) -> FrozenStudy:
         """Return a study. Raises KeyError."""
         for study in self.all():
-            if study._study_id == study_id:
+            if id_of_study(study) == study_id:
                 return study
         raise KeyError(f"There is no study {study_id}.")
 

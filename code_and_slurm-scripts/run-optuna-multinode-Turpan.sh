@@ -1,0 +1,1 @@
+run-optuna-multinode_Turpan.sh

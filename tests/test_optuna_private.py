@@ -1,0 +1,65 @@
+"""Each name of Optuna that is not public does what the storage expects; others are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
+from optuna.trial import create_trial
+
+from common import Run
+from hpo import packages
+from hpo.settings import Settings, UserError
+from hpo.study import optuna_private
+from hpo.study.opening import create_or_open_study
+
+
+def test_a_study_knows_its_storage_and_its_id() -> None:
+    storage = InMemoryStorage()
+    study = optuna.create_study(storage=storage, study_name="one")
+    assert optuna_private.storage_of(study) is storage
+    assert optuna_private.study_id(study) == storage.get_study_id_from_name("one")
+
+
+def test_a_trial_knows_its_id() -> None:
+    study = optuna.create_study()
+    trial = study.ask()
+    assert optuna_private.trial_id(trial) == optuna_private.trial_id(study.trials[0])
+    frozen = create_trial(value=1.0)
+    optuna_private.with_trial_id(frozen, 77)
+    assert optuna_private.trial_id(frozen) == 77
+
+
+def test_a_frozen_study_is_made_as_storages_make_it() -> None:
+    made = optuna_private.FrozenStudy(
+        "name", None, {"a": 1}, {"b": 2}, 5, directions=[StudyDirection.MAXIMIZE]
+    )
+    assert (made.study_name, made.user_attrs, made.system_attrs) == ("name", {"a": 1}, {"b": 2})
+    assert optuna_private.study_id(made) == 5
+    assert made.directions == [StudyDirection.MAXIMIZE]
+
+
+def test_the_server_of_a_storage_starts_and_stops() -> None:
+    server = optuna_private.make_server(InMemoryStorage(), "localhost", 0, 1)
+    server.start()
+    assert server.stop(grace=0).wait(10)
+
+
+def test_another_optuna_is_refused_before_a_trial(
+    own_study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "installed", lambda name: "5.1.0")
+    with pytest.raises(
+        UserError, match=r"Optuna 5\.1\.0: this bundle was tested with 5\.0\.0 alone"
+    ):
+        create_or_open_study(Settings.from_env())
+    assert not own_study.exists()
+
+
+def test_the_batch_script_can_ask(run: Run) -> None:
+    """Python -m hpo.packages, with the Optuna that is installed here: the tested one."""
+    assert packages.version_of("optuna") == optuna.__version__
+    packages.check_optuna()

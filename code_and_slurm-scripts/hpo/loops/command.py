@@ -1,8 +1,8 @@
-r"""Any program as an objective: a command line with the parameters in it, and where its metric is.
+"""Any program as an objective: a command line with the parameters in it, and where its metric is.
 
     program = Command(
         "python train.py --lr {lr} --epochs {epochs} --output {folder}",
-        pattern=r"epoch (?P<step>\d+): loss (?P<value>\S+)",
+        pattern=r"epoch (?P<step>[0-9]+): loss (?P<value>.+)",
     )
     def prepare(): program.check(search_space)                 before the first trial
     def objective(trial): return program.run(trial, search_space(trial))
@@ -21,7 +21,7 @@ the scripts' folder, and `python` is the Python of the worker.
 
 Where the metric is:
 
-    pattern=r"loss (\S+)"             in its output: the group `value`, or the first one.  Each
+    pattern=r"loss ([0-9.]+)"         in its output: the group `value`, or the first one.  Each
                                       match is a report, and the last one the trial's value.
     results="{folder}/results.jsonl"  in a file: {"step": 3, "loss": 0.5, "size": 10} on each line,
                                       with the names in `objectives`; the first is reported.

@@ -1,4 +1,5 @@
-"""Training loops that one does not own: a command (command.py), run as a process (process.py).
+"""Training loops that one does not own.  Used by scripts alone.
 
-Used by scripts alone.  Nothing in here needs torch.
+command.py       any program: a command line (process.py runs it, metric.py finds its metric)
+huggingface.py   the Trainer of transformers
 """

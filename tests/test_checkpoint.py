@@ -481,3 +481,30 @@ def test_new_trial_finds_no_folder_of_a_study_that_was_deleted(study: optuna.Stu
     folder = checkpoint.folder_path(Settings.from_env(), 0)
     (folder / "sub").mkdir(parents=True)  # run_with_folder makes it, and would fail
     assert run_with_folder(study, 0.5).state == TrialState.COMPLETE
+
+
+# ---------- GPUs, which this machine need not have ----------
+
+
+@pytest.mark.parametrize(
+    ("gpus", "distributed", "expected"),
+    [
+        (2, False, [("state 0", 0), ("state 1", 1)]),
+        (1, False, [("state 0", 0)]),  # it goes on where there are fewer
+        (2, True, [("state 1", None)]),  # each process draws what the one that has saved draws
+    ],
+)
+def test_random_states_of_gpus(
+    gpus: int, distributed: bool, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put: list[Any] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_rng_state_all", lambda: ["state 0", "state 1"])
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: distributed)
+    monkeypatch.setattr(
+        "torch.cuda.set_rng_state", lambda state, device=None: put.append((state, device))
+    )
+    states.put_back_random(states.random_states())
+    assert put == expected

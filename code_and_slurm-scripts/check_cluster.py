@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpo import script
+from hpo import gpu, script
 from hpo.files import whole
 from hpo.packages import installed, pip_command, version_of
 from hpo.settings import SCRIPTS, Settings, UserError, run_script
@@ -103,8 +103,7 @@ def own_facts(settings: Settings, beside: Path) -> Facts:
     """Return what this task sees: its host, folder, GPU, packages, data and disk."""
     facts: Facts = {"host": os.uname().nodename, "folder": (SCRIPTS / "hpo").stat().st_mtime_ns}
     facts["packages"] = {name: installed(name) for name in ("optuna", "torch", "torchvision")}
-    facts["visible"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    facts["gpus"] = gpu_names()
+    facts |= gpu_facts()
     facts["free"] = shutil.disk_usage(beside).free
     facts["data"] = data_problem(settings.py_script)
     return facts
@@ -121,13 +120,24 @@ def data_problem(py_script: str) -> str | None:
     return ""
 
 
-def gpu_names() -> list[str]:
-    """Return the GPUs that this task can use; none where there is no torch."""
+def gpu_facts() -> Facts:
+    """Return the GPUs that this task can use, by name and UUID, and why one cannot be used."""
+    facts: Facts = {"gpus": [], "uuids": [], "trouble": "", "cpu_torch": False}
     if not installed("torch"):
-        return []
+        return facts
+    if not gpu.has_cuda():
+        return {**facts, "cpu_torch": bool(gpu.promised())}
     import torch
 
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    try:
+        number = torch.cuda.device_count()
+        facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(number)]
+        facts["uuids"] = gpu.uuids()
+        number = number or bool(gpu.promised())  # then one that is lost says why
+        facts["trouble"] = next(filter(None, map(gpu.trouble, range(number))), "")
+    except (RuntimeError, AssertionError) as error:  # a driver, or a GPU, that has broken down
+        facts["trouble"] = str(error).splitlines()[0]
+    return facts
 
 
 def hosts_of(facts: dict[int, Facts]) -> list[str]:
@@ -228,19 +238,38 @@ def read_counter(path: Path) -> int | str:
 
 
 def gpus(facts: dict[int, Facts], needed: int = 1) -> Row:
-    """Whether each task has GPUs of its own, and as many as GPUS_PER_TRIAL."""
-    names = [name for each in facts.values() for name in each["gpus"]]
-    owners = [(each["host"], each["visible"]) for each in facts.values()]
+    """Whether each task has GPUs of its own that work, and as many as GPUS_PER_TRIAL."""
+    names = {name for each in facts.values() for name in each["gpus"]}
+    if broken := [rank for rank, each in facts.items() if each["trouble"]]:
+        first = facts[broken[0]]
+        cure = "nvidia-smi on that node; another node: sbatch --exclude=NODE …"
+        found = f"tasks {broken} cannot use theirs, on {first['host']}: {first['trouble']}"
+        return Row(BAD, "GPUs", found, cure)
     if not names:
-        return Row(REMARK, "GPUs", "PyTorch sees none: the workers will use the CPU")
+        # Of a rehearsal; or pip has installed one that hides the image's.
+        why = "is one without CUDA" if any(f["cpu_torch"] for f in facts.values()) else "sees none"
+        return Row(REMARK, "GPUs", f"PyTorch {why}: the workers will use the CPU")
     if without := [rank for rank, each in facts.items() if not each["gpus"]]:
         return Row(BAD, "GPUs", f"tasks {without} see none", "see --gres and --gpus-per-task")
-    if len(facts) > 1 and len(set(owners)) < len(owners):
-        return Row(BAD, "GPUs", "tasks share one", "see --ntasks-per-node and --gpus-per-task")
     if few := [rank for rank, each in facts.items() if len(each["gpus"]) < needed]:
         cure = f"--ntasks-per-node=1 and --gpus-per-task={needed} in the batch script"
         return Row(BAD, "GPUs", f"tasks {few} see fewer than GPUS_PER_TRIAL={needed}", cure)
-    return Row(OK, "GPUs", f"{len(facts)} tasks, each with its own ({', '.join(sorted({*names}))})")
+    if shared := sharing(facts):
+        cure = "see --ntasks-per-node and --gpus-per-task"
+        return Row(BAD, "GPUs", f"tasks {shared} share one", cure)
+    text = ", ".join(sorted(names))
+    if len(facts) > 1 and not all(all(each["uuids"]) for each in facts.values()):
+        return Row(REMARK, "GPUs", f"{text}; their UUIDs are not known: one for each task?")
+    return Row(OK, "GPUs", f"{len(facts)} tasks, each with its own ({text})")
+
+
+def sharing(facts: dict[int, Facts]) -> list[int]:
+    """Return the tasks that see a GPU of another task.  A GPU is its UUID, whatever its number."""
+    owners: dict[tuple[str, str], list[int]] = {}
+    for rank, each in facts.items():
+        for uuid in filter(None, each["uuids"]):
+            owners.setdefault((each["host"], uuid), []).append(rank)
+    return sorted({rank for ranks in owners.values() if len(ranks) > 1 for rank in ranks})
 
 
 def versions(facts: dict[int, Facts]) -> Row:

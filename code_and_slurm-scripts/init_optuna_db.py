@@ -20,7 +20,7 @@ import argparse
 
 from hpo import packages, script
 from hpo.search.objectives import check_objectives
-from hpo.search.samplers import check_packages
+from hpo.search.pruners import check_search
 from hpo.settings import Settings, run_script
 from hpo.study.opening import create_or_open_study
 from hpo.study.optuna_private import storage_of, study_id
@@ -38,7 +38,7 @@ def main() -> int:
     script.check(settings.py_script)
     check_objectives(settings)
     script.check_needs(settings.py_script)
-    check_packages(settings)
+    check_search(settings)
     if script.defines(settings.py_script, "prepare"):
         script.load(settings.py_script).need("prepare", "init_optuna_db.py")()
     forget_dead_server(settings)

@@ -26,28 +26,39 @@ make_venv .venv run
 python=$PWD/.venv/bin/python
 logs=$PWD/logs
 cd code_and_slurm-scripts
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # hpo, for a script in a subfolder
 "$python" init_optuna_db.py
 
-gpus=0
-if command -v nvidia-smi >/dev/null; then
-    gpus=$(nvidia-smi --list-gpus | wc -l)
-fi
+# Those of a preset CUDA_VISIBLE_DEVICES, else all; a slice (MIG) is one, too.
+mapfile -t gpus < <("$python" -m hpo.gpu)
 export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}"
 per_trial=${GPUS_PER_TRIAL:-1} # processes; without a GPU each takes a core
-workers=$((gpus > 0 ? gpus * WORKERS_PER_GPU / per_trial : $(nproc) / per_trial))
+workers=$((${#gpus[@]} ? ${#gpus[@]} * WORKERS_PER_GPU / per_trial : $(nproc) / per_trial))
 if ((workers == 0)); then
-    echo "error: GPUS_PER_TRIAL=$per_trial, but there are $gpus GPUs and $(nproc) cores" >&2
+    echo "error: GPUS_PER_TRIAL=$per_trial, but there are ${#gpus[@]} GPUs and $(nproc) cores" >&2
     exit 2
 fi
-if ((gpus > 0 && WORKERS_PER_GPU > 1)); then
-    start_mps
-    trap stop_mps EXIT
+if ((per_trial > 1)) && [[ ${gpus[*]} == *MIG-* ]]; then
+    echo "error: GPUS_PER_TRIAL=$per_trial, but a process can use one slice (MIG) only" >&2
+    exit 2
 fi
-if ((gpus == 0)); then
+if ((${#gpus[@]} && WORKERS_PER_GPU > 1)); then
+    for i in "${!gpus[@]}"; do
+        gpus[i]=$(uuid_of "${gpus[i]}")
+    done
+    trap stop_mps EXIT
+    CUDA_VISIBLE_DEVICES=$(
+        IFS=,
+        echo "${gpus[*]}"
+    )
+    export CUDA_VISIBLE_DEVICES # for the daemon
+    start_mps
+fi
+if ((${#gpus[@]} == 0)); then
     export OMP_NUM_THREADS=1 # two workers of one thread beat one worker of two
 fi
 
-echo "Starting $workers workers ($gpus GPUs); logs: $logs/local.RANK.out"
+echo "Starting $workers workers (${#gpus[@]} GPUs); logs: $logs/local.RANK.out"
 pids=()
 # shellcheck disable=SC2329 # called by the trap below
 stop() {
@@ -64,11 +75,14 @@ trap stop INT TERM
 for ((rank = 0; rank < workers; rank++)); do
     # With Ctrl-C the terminal signals this script, which then ends the workers.
     device=-1
-    if ((gpus > 0)); then # so many GPUs in a row
-        device=$(seq --separator=, $((rank * per_trial % gpus)) $((rank * per_trial % gpus + per_trial - 1)))
+    if ((${#gpus[@]})); then # so many GPUs in a row
+        device=$(
+            IFS=,
+            echo "${gpus[*]:rank*per_trial%${#gpus[@]}:per_trial}"
+        )
     fi
     WORKER_RANK=$rank CUDA_VISIBLE_DEVICES=$device \
-        "$python" "$PY_SCRIPT" >>"$logs/local.$rank.out" 2>&1 &
+        bash hpo/job/keep_running.sh "$PY_SCRIPT" "$python" >>"$logs/local.$rank.out" 2>&1 &
     pids+=("$!")
 done
 

@@ -13,6 +13,15 @@ from common import SCRIPTS, SETTINGS, Run
 from hpo.settings import forget
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU: many tests compare to the last bit, which only a CPU repeats.
+
+    What needs a GPU is in tests/gpu, which `bash tests/run.sh gpu` runs by itself.
+    """
+    if [Path(argument).name for argument in config.args] != ["gpu"]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+
 @pytest.fixture(autouse=True)
 def own_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give the test a study.db of its own, whatever the caller's environment; return its path."""

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import check_cluster
-from check_cluster import BAD, OK, Facts
+from check_cluster import BAD, OK, REMARK, Facts
 from common import SCRIPTS, Run
+from fake_cuda import FakeCuda
+from hpo import gpu
 
 
 def start(rank: int, tasks: int, **env: str) -> subprocess.Popen[str]:
@@ -45,15 +48,61 @@ def test_by_hand_without_slurm(run: Run) -> None:
 def facts(**changes: object) -> Facts:
     """Return what a task on host a sees, changed."""
     packages = {"optuna": "5.0.0", "torch": "2.3.0", "torchvision": "0.18.0"}
-    plain = {"host": "a", "folder": 1, "packages": packages, "visible": "0", "gpus": ["A100"]}
-    return {**plain, "free": 10**12, "data": "", **changes}
+    plain = {"host": "a", "folder": 1, "packages": packages, "free": 10**12, "data": ""}
+    gpus = {"gpus": ["A100"], "uuids": ["a-0"], "trouble": "", "cpu_torch": False}
+    return {**plain, **gpus, **changes}
 
 
 def test_gpus() -> None:
-    assert check_cluster.gpus({0: facts(), 1: facts(visible="1")}).mark == OK
-    assert check_cluster.gpus({0: facts(), 1: facts(host="b")}).mark == OK
-    assert check_cluster.gpus({0: facts(), 1: facts()}).found == "tasks share one"
-    assert check_cluster.gpus({0: facts(), 1: facts(gpus=[])}).mark == BAD
+    assert check_cluster.gpus({0: facts(), 1: facts(uuids=["a-1"])}).mark == OK
+    assert check_cluster.gpus({0: facts(), 1: facts(), 2: facts(host="b")}).found == (
+        "tasks [0, 1] share one"
+    )
+    assert check_cluster.gpus({0: facts(), 1: facts(gpus=[], uuids=[])}).mark == BAD
+    assert check_cluster.gpus({0: facts(gpus=[], uuids=[])}).mark == REMARK  # the CPU is wanted
+    row = check_cluster.gpus({0: facts(uuids=[""]), 1: facts(uuids=[""])})
+    assert (row.mark, "UUIDs are not known" in row.found) == (REMARK, True)
+    row = check_cluster.gpus({0: facts(), 1: facts(host="b", trouble="CUDA error: Xid")})
+    assert (row.mark, row.found) == (BAD, "tasks [1] cannot use theirs, on b: CUDA error: Xid")
+
+
+@pytest.mark.parametrize("number", ["0", "1"])
+def test_number_of_a_gpu_says_nothing(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Slurm confines devices, every task sees its own GPU as number 0."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", number)
+    FakeCuda(monkeypatch, "NVIDIA A100", uuid="aa-bb")
+    first = facts(**check_cluster.gpu_facts())
+    FakeCuda(monkeypatch, "NVIDIA A100", uuid="cc-dd")
+    other = facts(**check_cluster.gpu_facts())
+    assert check_cluster.gpus({0: first, 1: other}).mark == OK
+    assert check_cluster.gpus({0: first, 1: first}).found == "tasks [0, 1] share one"
+
+
+def test_gpu_that_cannot_start_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    FakeCuda(monkeypatch, "NVIDIA A100", uuid="aa-bb")
+    for name in ("get_device_name", "get_device_properties"):
+
+        def fail(index: int) -> None:
+            raise RuntimeError("CUDA error: unknown error\nCompile with …")
+
+        monkeypatch.setattr(torch.cuda, name, fail)
+        assert check_cluster.gpu_facts()["trouble"] == "CUDA error: unknown error"
+
+
+def test_gpu_that_slurm_has_promised_and_that_is_not_there_is_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert check_cluster.gpus({0: facts(**check_cluster.gpu_facts())}).mark == REMARK
+    monkeypatch.setattr(gpu, "trouble", lambda index: "no NVIDIA driver")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    row = check_cluster.gpus({0: facts(**check_cluster.gpu_facts())})
+    assert (row.mark, row.found) == (BAD, "tasks [0] cannot use theirs, on a: no NVIDIA driver")
+    monkeypatch.setattr(torch.version, "cuda", None)  # the rehearsal's PyTorch
+    row = check_cluster.gpus({0: facts(**check_cluster.gpu_facts())})
+    assert (row.mark, "PyTorch is one without CUDA" in row.found) == (REMARK, True)
 
 
 def test_packages() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from optuna.trial import TrialState
 
 import optuna_t5
 from common import SCRIPTS, TINY_T5, Run
-from hpo import checkpoint
-from hpo.settings import Settings, UserError
+from hpo import checkpoint, gpu
+from hpo.drain import Drained
+from hpo.settings import Settings, UserError, forget
 from hpo.study.opening import create_or_open_study
 from hpo.train import ddp
 
@@ -67,6 +69,8 @@ def failing(config: dict[str, Any], trial: optuna.Trial | None) -> float:
     if ddp.rank() == 1:
         if config["how"] == "raise":
             raise MemoryError("no room")
+        if config["how"] == "capture":
+            raise gpu.Unusable("spoilt", gpu.NO_CAPTURE)
         if config["how"] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
     trial.report(1.0, 0)
@@ -79,13 +83,14 @@ def failing(config: dict[str, Any], trial: optuna.Trial | None) -> float:
     ("how", "error", "says"),
     [
         ("raise", MemoryError, "no room"),
+        ("capture", gpu.Unusable, "spoilt"),
         ("die", RuntimeError, "process 1 of the trial died .exit status -9."),
         ("prune", optuna.TrialPruned, "^$"),
     ],
 )
 def test_what_happens_to_one_process_ends_the_trial(
     how: str,
-    error: type[Exception],
+    error: type[BaseException],
     says: str,
     study: optuna.Study,
     monkeypatch: pytest.MonkeyPatch,
@@ -93,6 +98,28 @@ def test_what_happens_to_one_process_ends_the_trial(
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: how == "prune")
     with pytest.raises(error, match=says):
         ddp.together(failing, {"how": how}, study.ask())
+    assert children() == set()
+
+
+def test_sigterm_while_a_process_starts_leaves_none_behind(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = SpawnProcess.start
+
+    def start(self: SpawnProcess) -> None:
+        original(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop(*_: object) -> None:
+        raise Drained
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Drained):
+            ddp.together(failing, {"how": "return"}, study.ask())
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert children() == set()
 
 
@@ -161,10 +188,12 @@ def test_wrong_numbers_of_gpus(monkeypatch: pytest.MonkeyPatch, run: Run) -> Non
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert "GPUS_PER_TRIAL: optuna_mnist.py trains on one GPU" in result.stderr
     monkeypatch.setenv("GPUS_PER_TRIAL", "2")
+    forget()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match=r"this worker sees 1 GPU.*--gpus-per-task=2"):
         ddp.check_gpus()
     monkeypatch.setenv("WORKERS_PER_GPU", "2")
+    forget()
     with pytest.raises(UserError, match="only one of them can be more than 1"):
         Settings.from_env()

@@ -26,7 +26,7 @@ shift 5
 exec "$@"
 """
 SRUN = """#!/bin/bash
-# Stands for srun: one process per task, each with its rank, its GPU and its log.
+# Stands for srun: one process per task, each with its rank and its log, and without a GPU.
 echo "srun $*" >>"$RECORD"
 while [[ $1 == --* ]]; do
     [[ $1 == --ntasks=* ]] && tasks=${1#*=}
@@ -36,7 +36,7 @@ done
 for ((rank = 0; rank < tasks; rank++)); do
     log=${output//%j/$SLURM_JOB_ID}
     log=${log//%t/$rank}
-    SLURM_PROCID=$rank CUDA_VISIBLE_DEVICES=$rank "$@" >>"${log:-$RECORD.out}" 2>&1 &
+    SLURM_PROCID=$rank CUDA_VISIBLE_DEVICES=-1 "$@" >>"${log:-$RECORD.out}" 2>&1 &
     pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
@@ -58,15 +58,10 @@ echo "sbatch $* CHAIN_JOBS=$CHAIN_JOBS TOTAL_TRIALS=$TOTAL_TRIALS" >>"$RECORD"
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """Return a copy of the bundle in which only the files of the repository are."""
-    copy = tmp_path / "optuna"
-    files = subprocess.check_output(["git", "ls-files", "-z"], cwd=BUNDLE, text=True).split("\0")
-    for name in filter(None, files):
-        if name.startswith(("tests/", ".")):
-            continue
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(BUNDLE / name, copy / name, follow_symlinks=False)
-    return copy
+    """Return a copy of the bundle, as it is unpacked: without what a run or a tool has made."""
+    made = ("tests", ".*", "__pycache__", "*-ubyte", "*.tsv", "*.db*", "checkpoints", "report-*")
+    ignore = shutil.ignore_patterns(*made, "*.out")
+    return Path(shutil.copytree(BUNDLE, tmp_path / "optuna", symlinks=True, ignore=ignore))
 
 
 @pytest.fixture
@@ -292,6 +287,57 @@ def test_local_study_runs_and_goes_on_with_more_trials(local: Path) -> None:
         assert "best_params" in result.stdout
         assert "test accuracy" in result.stdout
     assert len(states(local)) == 4
+
+
+SCRIPT = """
+import os, signal, time
+from pathlib import Path
+from hpo.settings import run_script
+from hpo.worker import run_worker
+
+def search_space(trial):
+    return {"x": trial.suggest_float("x", -1, 1)}
+
+def objective(trial):
+    trial.set_user_attr("gpu", os.environ["CUDA_VISIBLE_DEVICES"])
+    if trial.number == 0 and not Path("killed").exists():
+        Path("killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    return search_space(trial)["x"]
+
+if __name__ == "__main__":
+    run_script(lambda: run_worker(objective))
+"""
+
+
+def test_local_study_uses_the_preset_gpus_alone_and_starts_a_dead_worker_again(
+    local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (local / "my.py").write_text(SCRIPT)
+    tool = local / "nvidia-smi"
+    tool.write_text("#!/bin/bash\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(local), prepend=os.pathsep)
+    result = subprocess.run(
+        ["bash", str(local / "run-optuna-local.sh")],
+        env={
+            **os.environ,
+            "PY_SCRIPT": "my.py",
+            "TOTAL_TRIALS": "5",
+            "CUDA_VISIBLE_DEVICES": "2,GPU-aa",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout
+    study = optuna.load_study(study_name="mnist_hpo", storage=f"sqlite:///{local}/study.db")
+    assert {trial.user_attrs["gpu"] for trial in study.trials} == {"2", "GPU-aa"}
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 5
+    logs = "".join(path.read_text() for path in (local.parent / "logs").glob("local.*.out"))
+    assert "the worker died with status 137: starting it again (1 of 3)" in logs
 
 
 def test_ctrl_c_ends_all_workers_and_returns_their_trials(local: Path) -> None:

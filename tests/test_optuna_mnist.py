@@ -194,11 +194,11 @@ def test_no_tensor_of_a_trial_outlives_it(
 
 
 def test_hopeless_trial_is_pruned_and_leaves_nothing(study: optuna.Study, run: Run) -> None:
-    distributions: dict[str, Any] = {"x": FloatDistribution(0, 1)}
+    distributions: dict[str, Any] = {"lr": FloatDistribution(1e-4, 5e-3, log=True)}
     for _ in range(6):  # the median pruner starts after five finished trials
         study.add_trial(
             optuna.create_trial(
-                params={"x": 0.5},
+                params={"lr": 1e-3},
                 distributions=distributions,
                 value=0.01,
                 intermediate_values=dict.fromkeys(range(5), 0.01),

@@ -174,6 +174,18 @@ def test_resumed_trial_equals_the_uninterrupted_one(
     assert study.get_trials()[1].intermediate_values == curve
 
 
+@pytest.mark.parametrize(("capability", "bf16"), [((7, 5), False), ((8, 0), True)])
+def test_bf16_where_the_gpu_has_it(
+    capability: tuple[int, int], bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.cuda.is_bf16_supported() says yes to an emulation, too."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **options: asked.append(options["enabled"]))
+    seq2seq.precision(torch.device("cuda"))
+    assert asked == [bf16]
+
+
 def test_tokens_and_text() -> None:
     texts = ["Œuvre № 3".encode(), b"a"]
     rows = seq2seq.tokens(texts, torch.device("cpu"))

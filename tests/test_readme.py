@@ -26,7 +26,14 @@ COMMAND = re.compile(
     r"\S*\.venv\S*/bin/\S+|IMAGE=|in_image\(\)).*?)(?:  +# .*)?$",
     re.M,
 )
-MADE_BY_A_RUN = {"my_model.py", "study.db", "report.html", "load_model.py", "pairs.tsv"}
+MADE_BY_A_RUN = {
+    "gpu-figures.txt",
+    "my_model.py",
+    "study.db",
+    "report.html",
+    "load_model.py",
+    "pairs.tsv",
+}
 
 
 def commands(name: str) -> list[str]:

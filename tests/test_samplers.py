@@ -152,16 +152,17 @@ def test_a_worker_that_comes_between_two_writes_is_accepted(
     """Several start at once, and one of them is the first to write the space down."""
     monkeypatch.setenv("SAMPLER", "grid")
     chosen = Settings.from_env()
-    script = Script("space_for_tests.py", vars(space_for_tests))
+    plan = remembered.plan_of(chosen, Script("space_for_tests.py", vars(space_for_tests)))
     study = create_or_open_study(chosen)
     write = study.set_user_attr
 
     def and_another_comes(key: str, value: Any) -> None:
         write(key, value)
-        remembered.adopt_space(open_study(chosen), chosen, script)
+        remembered.adopt_space(open_study(chosen), chosen, plan)
 
     monkeypatch.setattr(study, "set_user_attr", and_another_comes)
-    assert len(remembered.adopt_space(study, chosen, script).combinations) == 12
+    remembered.adopt_space(study, chosen, plan)
+    assert len(plan.combinations) == 12
     assert {"space", "combinations"} <= study.user_attrs.keys()
 
 

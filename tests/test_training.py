@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import logging
 import math
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,16 +14,17 @@ from torch import Tensor, nn
 import optuna_mnist
 from common import SCRIPTS, SMALL
 from hpo.train import mnist, training
-from hpo.train.training import Trainer, evaluate, fused_adam, normalise, pick_device
+from hpo.train.training import Trainer, evaluate, fused_adam, normalise
 
 CONFIG = {**SMALL, "num_classes": 10}
+CPU = torch.device("cpu")
 
 
 def make_trainer(images: int = 640, lr: float = 1e-3, seed: int = 0) -> Trainer:
-    """Return a trainer of the smallest net, ten steps an epoch."""
+    """Return a trainer of the smallest net, ten steps an epoch, on the CPU: to the last bit."""
     torch.manual_seed(seed)
     model = optuna_mnist.CNN(CONFIG).to(memory_format=torch.channels_last)
-    data, _ = mnist.load_training(pick_device(), images)
+    data, _ = mnist.load_training(CPU, images)
     return Trainer(model, fused_adam(model, lr), data, batch_size=64)
 
 
@@ -101,7 +98,7 @@ def test_bf16_for_large_nets_alone_where_the_cpu_has_it(
     cpu_has_it: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "has_bf16", lambda: cpu_has_it)
-    data, validation = mnist.load_training(pick_device(), 1000)
+    data, validation = mnist.load_training(CPU, 1000)
     for channels, is_large in ((8, False), (64, True)):
         ends = []
         for _ in range(2):
@@ -120,126 +117,8 @@ def test_bf16_for_large_nets_alone_where_the_cpu_has_it(
         assert ends[0].dtype == torch.float32
 
 
-class FakeGraph:
-    """Stands for torch.cuda.CUDAGraph: what was recorded runs on `replay`."""
-
-    def __init__(self) -> None:
-        self.replays = 0
-
-    def replay(self) -> None:
-        """Count."""
-        self.replays += 1
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeGraph]]:
-    """Replace what a capture needs of torch.cuda; give the graphs that are made."""
-    graphs: list[FakeGraph] = []
-
-    class Stream:
-        def wait_stream(self, other: Stream) -> None:
-            pass
-
-    def make_graph() -> FakeGraph:
-        graphs.append(FakeGraph())
-        return graphs[-1]
-
-    @contextlib.contextmanager
-    def capture(graph: FakeGraph, stream: Stream) -> Iterator[None]:
-        yield
-
-    training.side_stream.cache_clear()
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", make_graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    yield graphs
-    training.side_stream.cache_clear()
-
-
-def test_steps_after_the_warm_up_are_replays(
-    fake_cuda: list[FakeGraph], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = make_trainer()
-    trainer._capture_wanted = True
-    steps: list[int] = []
-    monkeypatch.setattr(trainer, "_step", lambda: steps.append(1))
-    trainer.train_epoch()
-    trainer.train_epoch()
-    assert len(fake_cuda) == 1  # one capture for the whole trial
-    assert len(steps) == training.WARM_UP_STEPS + 1  # the last one is the recording
-    assert fake_cuda[0].replays == 2 * trainer.steps - training.WARM_UP_STEPS
-
-
-@pytest.mark.parametrize("error", [RuntimeError, torch.cuda.OutOfMemoryError])
-def test_a_failed_capture_trains_eagerly_with_one_line(
-    error: type[RuntimeError],
-    fake_cuda: list[FakeGraph],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    @contextlib.contextmanager
-    def fail(graph: FakeGraph, stream: object) -> Iterator[None]:
-        raise error("operation not permitted when stream is capturing\nsecond line")
-        yield
-
-    monkeypatch.setattr(torch.cuda, "graph", fail)
-    captured, eager = make_trainer(), make_trainer()
-    captured._capture_wanted = True
-    with caplog.at_level(logging.WARNING):
-        for trainer in (captured, eager):
-            torch.manual_seed(5)
-            trainer.train_epoch()
-            trainer.train_epoch()
-    assert torch.equal(weights(captured), weights(eager))
-    assert [record.getMessage() for record in caplog.records] == [
-        "no CUDA graph, training eagerly: operation not permitted when stream is capturing"
-    ]
-
-
-def test_an_epoch_too_short_to_warm_up_stays_eager(fake_cuda: list[FakeGraph]) -> None:
-    trainer = make_trainer(images=64 * training.WARM_UP_STEPS)
-    trainer._capture_wanted = True
-    trainer.train_epoch()
-    assert fake_cuda == []
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_replays_train_like_eager_steps() -> None:
-    for capture in (True, False):
-        torch.manual_seed(0)
-        model = optuna_mnist.CNN(CONFIG).to(pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
-        data, validation = mnist.load_training(pick_device(), 10_000)
-        trainer = Trainer(model, fused_adam(model, 1e-3), data, 64)
-        trainer._capture_wanted = capture
-        first = [float(trainer.train_epoch()) for _ in range(2)]
-        assert (trainer._run_step != trainer._step) == capture
-        if capture:
-            losses = first
-        assert first == pytest.approx(losses, rel=0.02)  # TF32, and sums in another order
-        assert evaluate(model, validation)[1] > 0.9
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_200_trials_in_a_row_need_no_more_memory_than_the_first() -> None:
-    data, _ = mnist.load_training(pick_device(), 1000)
-    used = []
-    for number in range(200):
-        config = {**CONFIG, "conv1_channels": 8 << number % 4}
-        model = optuna_mnist.CNN(config).to(pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
-        trainer = Trainer(model, fused_adam(model, 1e-3), data, 64)
-        trainer.train_epoch()
-        trainer.train_epoch()
-        assert trainer._run_step != trainer._step
-        del trainer, model
-        gc.collect()  # as hpo/worker.py does between two trials
-        torch.cuda.empty_cache()
-        used.append(torch.cuda.memory_reserved())
-    assert max(used[4:]) <= max(used[:4])
-
-
 def test_freed_memory_is_used_again() -> None:
+    training.keep_freed_memory()
     trainer = make_trainer()
     trainer.train_epoch()
     trainer.train_epoch()
@@ -251,7 +130,7 @@ def test_freed_memory_is_used_again() -> None:
 
 def test_a_worker_imports_no_torchvision() -> None:
     code = (
-        "import sys, optuna_mnist as o; from hpo import mnist\n"
+        "import sys, optuna_mnist as o; from hpo.train import mnist\n"
         "mnist.load_training(o.pick_device(), 1000); sys.exit('torchvision' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, timeout=60).returncode == 0

@@ -18,6 +18,9 @@ CONTROL = """#!/bin/bash
 # Stands for NVIDIA's daemon.
 if [[ ${1:-} == -d ]]; then echo start >>"$RECORD"; exit; fi
 read -r order && echo "$order" >>"$RECORD"
+[[ $order == get_server_list ]] && cat "$TMPDIR/servers"
+[[ $order == get_server_status* ]] && echo "${STATE:-ACTIVE}"
+exit 0
 """
 
 
@@ -27,6 +30,7 @@ def task(tmp_path: Path) -> dict[str, str]:
     tool = tmp_path / "nvidia-cuda-mps-control"
     tool.write_text(CONTROL)
     tool.chmod(0o755)
+    (tmp_path / "servers").write_text("77\n")
     return {
         **os.environ,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -45,23 +49,72 @@ def test_every_worker_has_its_rank_and_finds_the_daemon(
     lines = [path.read_text().split() for path in sorted(tmp_path.glob("worker.*"))]
     assert [rank for rank, _ in lines] == ["3", "4", "5"]
     assert len({folder for _, folder in lines}) == 1
-    assert Path(task["RECORD"]).read_text().split() == ["start", "quit"]
+    assert Path(task["RECORD"]).read_text().splitlines() == [
+        "start",
+        f"start_server -uid {os.getuid()}",
+        "get_server_list",
+        "get_server_status 77",
+        "quit",
+    ]
     assert not list(tmp_path.glob("mps-*"))
 
 
-def test_without_mps_the_workers_run_plainly(task: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "nvidia-cuda-mps-control").write_text("#!/bin/bash\nexit 1\n")
+@pytest.mark.parametrize("why", ["no daemon", "the daemon does not serve"])
+def test_without_mps_the_workers_run_plainly(
+    why: str, task: dict[str, str], tmp_path: Path
+) -> None:
+    if why == "no daemon":
+        (tmp_path / "nvidia-cuda-mps-control").write_text("#!/bin/bash\nexit 1\n")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/bash\n[[ $1 == *compute_mode* ]] && echo Exclusive_Process\n")
+    tool.chmod(0o755)
     command = 'echo "rank $WORKER_RANK ${CUDA_MPS_PIPE_DIRECTORY:-none}"'
     result = subprocess.run(
         ["bash", str(MPS), "bash", "-c", command],
-        env=task,
+        env={**task, "STATE": "FAULT"},
         capture_output=True,
         text=True,
         timeout=30,
     )
     assert result.returncode == 0
-    assert "without NVIDIA MPS" in result.stdout
-    assert sorted(result.stdout.splitlines()[1:]) == ["rank 3 none", "rank 4 none", "rank 5 none"]
+    said = result.stdout.splitlines()
+    assert "without NVIDIA MPS" in said[0]
+    assert "exclusive compute mode: without MPS only one worker can use it" in said[1]
+    assert sorted(said[2:]) == ["rank 3 none", "rank 4 none", "rank 5 none"]
+    assert not list(tmp_path.glob("mps-*"))
+
+
+def test_sigterm_while_mps_starts_begins_no_worker(task: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "servers").write_text("")  # none yet: the task waits for one
+    command = ["bash", str(MPS), "touch", str(tmp_path / "worker")]
+    process = subprocess.Popen(command, env=task)
+    deadline = time.monotonic() + 30
+    record = tmp_path / "record"
+    while not record.exists() or "get_server_list" not in record.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    (tmp_path / "servers").write_text("77")
+    assert process.wait(timeout=30) == 0
+    assert not (tmp_path / "worker").exists()
+    assert Path(task["RECORD"]).read_text().splitlines()[-1] == "quit"
+
+
+def test_gpu_is_named_by_its_uuid_where_nvidia_smi_knows_it(
+    task: dict[str, str], tmp_path: Path
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    for answer, expected in (("echo GPU-aa-bb", "GPU-aa-bb"), ("echo failed; exit 9", "0")):
+        tool.write_text(f"#!/bin/bash\n{answer}\n")
+        tool.chmod(0o755)
+        result = subprocess.run(
+            ["bash", str(MPS), "bash", "-c", 'echo "$CUDA_VISIBLE_DEVICES"'],
+            env={**task, "CUDA_VISIBLE_DEVICES": "0"},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=30,
+        )
+        assert result.stdout.splitlines()[1:] == [expected] * 3
 
 
 def test_status_of_a_failed_worker_is_kept(task: dict[str, str]) -> None:

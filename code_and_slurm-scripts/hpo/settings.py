@@ -9,7 +9,8 @@ The launch scripts also set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB
 seconds), DRAIN_FILE (hpo/drain.py), ALIVE_JOBS (the user's jobs in Slurm's queue) and WORKER_TOKEN
 (hpo/job/keep_running.sh).
 
-This module imports nothing but the standard library, so that it starts at once on a login node.
+This module and hpo/gpu.py import nothing but the standard library, so that they start at once on a
+login node.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from hpo import values
+from hpo import gpu, values
 from hpo.values import UserError
 
 __all__ = ["SCRIPTS", "Settings", "UserError", "run_script", "use"]
@@ -188,9 +189,17 @@ def run_script(main: Callable[[], int]) -> None:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         status = 2
+    except gpu.Unusable as unusable:
+        print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
+        status = unusable.status
     except BrokenPipeError:  # `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    if status in (gpu.BROKEN, gpu.NO_CAPTURE):
+        # What PyTorch clears up at the end fails, too, and may abort: another status.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

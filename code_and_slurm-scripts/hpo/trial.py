@@ -6,7 +6,7 @@ COMPLETE   with its value: whatever Optuna accepts as one
 PRUNED     it raised optuna.TrialPruned
 FAIL       it did something wrong itself; the reason is its user attribute `fail_reason`
 WAITING    it goes back to the queue, with its parameters and its reports: the worker has to
-           stop, or the site is at fault (a full disk, a lost database, a failing sampler)
+           stop, or the site is at fault (a full disk, a lost database, a failing sampler, a GPU)
 RUNNING    it is another worker's now: this one was frozen, and its lease is lost
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -24,7 +23,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from hpo import checkpoint
+from hpo import checkpoint, gpu
 from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
 from hpo.site import fault_of
@@ -82,6 +81,9 @@ def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
         return Outcome(TrialState.PRUNED)
     except (Drained, UpdateFinishedTrialError):  # the latter says LeaseLost, too
         return Outcome(TrialState.WAITING)
+    except gpu.Unusable as error:
+        gpu.give_up(str(error), error.status)  # it may come from another process (train/ddp.py)
+        return Outcome(TrialState.WAITING, site=str(error))
     except UserError as error:  # a configuration that cannot be: its one line says all
         log.error("trial %d failed: %s", trial.number, error)
         return Outcome(TrialState.FAIL, reason=str(error))
@@ -91,6 +93,8 @@ def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
         if site := fault_of(error):
             return Outcome(TrialState.WAITING, site=site)
         log.exception("trial %d failed", trial.number)
+        if not gpu.healthy() and not gpu.is_to_blame(trial):
+            return Outcome(TrialState.WAITING, site=str(gpu.ending))
         return Outcome(TrialState.FAIL, reason=reason_of(error))
 
 
@@ -167,8 +171,8 @@ def reason_of(error: BaseException) -> str:
 def free_memory() -> None:
     """Give the GPU back what the trial has used, before the next trial starts."""
     gc.collect()
-    if "torch" in sys.modules and (cuda := sys.modules["torch"].cuda).is_available():
-        cuda.empty_cache()
+    gpu.healthy()
+    gpu.check()
 
 
 def let_several_objectives_report(trial: optuna.Trial) -> None:

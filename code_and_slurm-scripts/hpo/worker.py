@@ -10,7 +10,9 @@ How a worker ends, and with which exit status:
         DRAIN_FILE, or the job's end near   finish the epoch, give the trial back to the queue
         SIGTERM, Ctrl-C                     give it back at once (the running epoch is lost)
     1   the same failure again and again: the objective itself is broken; or most trials failed
+        or a GPU was promised, and there is none
     2   a setting is wrong (hpo/settings.py)
+    70, 71  CUDA has failed for good (hpo/gpu.py): hpo/job/keep_running.sh starts a new process
     75  the site: study.db or a disk cannot be used, for minutes; the trial goes back to the queue
 
 One bad trial (out of memory, a loss that is no number, whatever leaves the objective) is recorded
@@ -34,14 +36,14 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo import script
+from hpo import gpu, script
 from hpo import settings as process
 from hpo.drain import Drain, DrainingPruner
 from hpo.search.guard import GuardedPruner, GuardedSampler, SearchFailed
 from hpo.search.objectives import check_objectives
-from hpo.search.pruners import make_pruner
-from hpo.search.remembered import Plan, adopt_space
-from hpo.search.samplers import assign, check_packages, make_sampler, sampler_seed
+from hpo.search.pruners import check_search, make_pruner
+from hpo.search.remembered import Plan, adopt_space, plan_of
+from hpo.search.samplers import assign, make_sampler, sampler_seed
 from hpo.settings import Settings, UserError, use
 from hpo.site import SITE_FAULT, Patience, SiteFault
 from hpo.study.opening import create_or_open_study
@@ -92,14 +94,16 @@ def run_worker(objective: Objective) -> int:
     _be_ordinary(settings)
     check_objectives(settings)
     script.check_needs(settings.py_script)
-    check_packages(settings)
+    check_search(settings)
     if prepare := me.offers("prepare"):
         prepare()
     drain = Drain(settings.job_end, settings.drain_file)
+    plan = plan_of(settings, me)
     study = create_or_open_study(settings)
-    plan = adopt_space(study, settings, me)
+    adopt_space(study, settings, plan)
     settings = use(_prepare(study, settings, plan))
     study.pruner = DrainingPruner(study.pruner, drain)
+    gpu.check(start=settings.gpus_per_trial == 1)
     try:
         with Upkeep(study, settings) as upkeep:
             return _Loop(study, settings, plan, drain).run(objective, upkeep)
@@ -141,7 +145,7 @@ class _Loop:
 
     def run(self, objective: Objective, upkeep: Upkeep) -> int:
         """Run trials until there is no more; return the exit status. Raises SiteFault."""
-        while (trial := self.claim()) is not None:
+        while not gpu.ending and (trial := self.claim()) is not None:
             upkeep.trial_id = trial_id(trial)
             begin = time.monotonic()
             outcome = run_trial(self.study, trial, objective, self.drain, self.patience.call)
@@ -149,12 +153,17 @@ class _Loop:
             if outcome.state != TrialState.RUNNING:
                 _log_end(self.study, trial, outcome, time.monotonic() - begin)
             _spare_imports()
+            if gpu.ending:
+                break
             if outcome.site:
                 self.patience.wait(outcome.site)
                 continue
             self.patience.restore()
             if self._broken(outcome):
                 return 1
+        if gpu.ending:
+            log.error("%s", gpu.ending)
+            return gpu.ending.status
         return self._say_why_it_ends()
 
     def claim(self) -> optuna.Trial | None:

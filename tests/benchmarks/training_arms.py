@@ -151,7 +151,7 @@ def step_parts(config: Config, images: int, device: torch.device) -> dict[str, f
         trainer._gather()
     parts = {"data": repeat(graph.replay)}
     trainer.position.zero_()  # a replay advances it; the epoch has more than 200 steps
-    parts["replay"] = repeat(trainer._run_step)
+    parts["replay"] = repeat(trainer.captured.graph.replay)
     return parts
 
 

@@ -70,7 +70,7 @@ configure() {
     hostname "$NAME"
     echo "$NAME" >"$ROOT/etc/hostname"
     mkdir -p "$ROOT"/etc/slurm "$ROOT"/var/log/slurm "$ROOT"/var/spool/{slurmctld,slurmd}
-    cp "$HERE"/etc/{slurm,gres,cgroup}.conf "$ROOT/etc/slurm/"
+    cp "$HERE"/etc/{slurm,gres,cgroup}.conf "$HERE/etc/task_prolog.sh" "$ROOT/etc/slurm/"
     cp "$HERE/etc/hosts" "$ROOT/etc/hosts"
     chown munge:munge "$ROOT/run/munge" "$ROOT"/etc/munge/munge.key 2>/dev/null ||
         chroot "$ROOT" chown munge:munge /run/munge

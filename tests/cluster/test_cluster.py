@@ -66,13 +66,14 @@ def test_hosts_share_folders_and_nothing_else(cluster: Cluster) -> None:
 
 
 def test_each_task_has_its_own_gpu(cluster: Cluster) -> None:
-    """The guide's header: four tasks on two hosts, each with one GPU index."""
-    code = 'echo "$SLURM_PROCID $(hostname) $CUDA_VISIBLE_DEVICES"'
+    """The guide's header: four tasks on two hosts, each with one GPU, which it sees as number 0."""
+    code = 'echo "$SLURM_PROCID $(hostname) $REHEARSAL_DEVICE $CUDA_VISIBLE_DEVICES"'
     job = cluster.sbatch("--output=gpus.out", stdin=f"{GUIDE_HEADER}srun bash -c '{code}'\n")
     assert cluster.wait_end(job, timeout=60) == "COMPLETED"
     lines = sorted(cluster.read(f"{cluster.work}/gpus.out").splitlines())
-    tasks, hosts, gpus = zip(*(line.split() for line in lines), strict=True)
+    tasks, hosts, gpus, numbers = zip(*(line.split() for line in lines), strict=True)
     assert tasks == ("0", "1", "2", "3")
+    assert set(numbers) == {"0"}
     assert hosts[0] == hosts[1] != hosts[2] == hosts[3]
     assert set(zip(hosts, gpus, strict=True)) == {(h, g) for h in hosts for g in ("0", "1")}
 

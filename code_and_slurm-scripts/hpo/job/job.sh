@@ -23,6 +23,7 @@ check_settings() {
         STUDY_DB=sqlite:///$scripts/${STUDY_DB#sqlite:///}
     fi
     export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}" # a task per GPU; each starts so many workers
+    export PYTHONPATH=$scripts${PYTHONPATH:+:$PYTHONPATH} # hpo, for a script in a subfolder
     export CONTAINER PY_SCRIPT STUDY_DB STUDY_NAME TOTAL_TRIALS SAMPLER PRUNER
     "${in_container[@]}" python -m hpo.packages ||
         die "the tested Optuna is not installed in the image; on the login node, once:

@@ -1,31 +1,42 @@
 #!/usr/bin/env bash
-# One worker of a job, started again if it dies (bash keep_running.sh SCRIPT PYTHON…, where PYTHON…
-# is the command that runs a Python script).
+# One worker, started again if it dies (bash keep_running.sh SCRIPT PYTHON…, where PYTHON… is the
+# command that runs a Python script).
 #
 # A worker that ends by itself (status 0, 1, 2, 75) is not started again.  One that dies is, at most
-# three times in a row: killed by a signal, crashed in a library, or gone in the middle of a trial,
-# whatever its status.  Its trial goes back to the queue at once.  A worker that had lived for ten
-# minutes starts a new row.  Slurm's signals reach the worker directly, and this script too.
+# three times in a row: killed by a signal, crashed in a library, gone in the middle of a trial,
+# whatever its status, or failed by its GPU (70, hpo/gpu.py).  Its trial goes back to the queue at
+# once.  A worker that had lived for ten minutes starts a new row.  Status 71 is no death: the next
+# one shall record no CUDA graph.  A signal is passed on to the worker.
 set -uo pipefail
 
+NO_CAPTURE=71 # hpo/gpu.py
+
 stopping=0
-trap 'stopping=1' USR1 TERM INT
+worker=
+forward() { # forward SIGNAL: the worker takes no harm from a second one, which Slurm may send it
+    stopping=1
+    [[ -z $worker ]] || kill -"$1" "$worker" 2>/dev/null
+}
+trap 'forward USR1' USR1
+trap 'forward TERM' TERM INT
 
 script=$1
 shift
 deaths=0
-while true; do
+while ((! stopping)); do
     began=$SECONDS
     WORKER_TOKEN=$(</proc/sys/kernel/random/uuid) # by which its leases are known
     export WORKER_TOKEN
     "$@" "$script" &
     worker=$!
+    ((! stopping)) || kill -TERM "$worker" # the signal came a moment before there was one
     wait "$worker"
     status=$?
     while kill -0 "$worker" 2>/dev/null; do # a signal has interrupted the wait: it still runs
         wait "$worker"
         status=$?
     done
+    worker=
     how=()
     if ((stopping)); then
         how=(ended)
@@ -34,6 +45,10 @@ while true; do
     "$@" -m hpo.job.return_trials "$WORKER_TOKEN" "${how[@]}" || returned=$?
     if ((stopping)) || { ((returned != 10)) && [[ $status =~ ^(0|1|2|75)$ ]]; }; then
         exit "$status"
+    fi
+    if ((status == NO_CAPTURE)) && [[ -z ${NO_CUDA_GRAPHS:-} ]]; then
+        export NO_CUDA_GRAPHS=1
+        continue
     fi
     if ((SECONDS - began > 600)); then
         deaths=0

@@ -15,7 +15,7 @@ from optuna import pruners
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.search.samplers import construct
+from hpo.search.samplers import check_packages, construct, make_sampler
 from hpo.settings import Settings
 
 
@@ -53,6 +53,13 @@ def number_of_reports(trial: FrozenTrial, complete: list[FrozenTrial]) -> int | 
             return int(trial.params[name])
     found = {count for _, count in counts}
     return found.pop() if len(found) == 1 else None
+
+
+def check_search(settings: Settings) -> None:
+    """Raise UserError if SAMPLER or PRUNER needs a package, or an option, that is not there."""
+    check_packages(settings)
+    make_sampler(settings, None)
+    make_pruner(settings)
 
 
 def make_pruner(settings: Settings) -> BasePruner:

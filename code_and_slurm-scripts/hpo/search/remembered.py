@@ -1,6 +1,7 @@
 """What a study remembers of its search, and that every worker searches the same.
 
-    plan = adopt_space(study, settings, script)      a worker, before its first trial
+    plan = plan_of(settings, script)           a worker, before there is a study
+    adopt_space(study, settings, plan)         the study remembers it, or refuses another
 
 The study remembers the space (user attribute `space`): workers with another one, e.g. with the
 finite form of SAMPLER=grid in a study that TPE has begun, are refused instead of mixed in.
@@ -35,13 +36,12 @@ class Plan:
     combinations: list[dict[str, Any]] = field(default_factory=list)  # of grid and bruteforce
 
 
-def adopt_space(study: optuna.Study, settings: Settings, script: Script) -> Plan:
-    """Return the space of the script, and make the study remember it.
+def adopt_space(study: optuna.Study, settings: Settings, plan: Plan) -> None:
+    """Make the study remember the space.
 
     Raises:
-        UserError: the study has another space or other objectives, or the sampler cannot use it.
+        UserError: the study has another space.
     """
-    plan = plan_of(study, settings, script)
     # In this order: who finds a space without combinations takes it for one that has none.
     remembered: dict[str, Any] = {
         "combinations": len(plan.combinations),
@@ -62,15 +62,18 @@ def adopt_space(study: optuna.Study, settings: Settings, script: Script) -> Plan
     for key, value in {**{k: v for k, v in remembered.items() if v}, **facts}.items():
         if attributes.get(key) != value:
             study.set_user_attr(key, value)
-    return plan
 
 
-def plan_of(study: optuna.Study | None, settings: Settings, script: Script) -> Plan:
-    """Return the space of the script, as the sampler needs it. Raises UserError."""
+def plan_of(settings: Settings, script: Script) -> Plan:
+    """Return the space of the script, as the sampler needs it.
+
+    Raises:
+        UserError: search_space fails, the sampler cannot use it, or FIX does not fit.
+    """
     search_space = script.offers("search_space")
     plan = Plan()
     if search_space is not None:
-        plan.space = explore(search_space, study)
+        plan.space = explore(search_space)
         _check_fixed(settings, plan.space)
     if settings.sampler in FINITE:
         if search_space is None:
@@ -80,7 +83,7 @@ def plan_of(study: optuna.Study | None, settings: Settings, script: Script) -> P
             )
         plan.combinations = [
             params
-            for params in combinations(search_space, settings.sampler, study)
+            for params in combinations(search_space, settings.sampler)
             if all(params.get(name, value) == value for name, value in settings.fixed.items())
         ]
     return plan

@@ -1,7 +1,7 @@
 """A script's search space: every parameter that search_space(trial) may suggest, and its values.
 
-    space = explore(search_space, study)              name → distribution, of all branches
-    found = combinations(search_space, "grid", study)
+    space = explore(search_space)                 name → distribution, of all branches
+    found = combinations(search_space, "grid")
 
 It is found by calling search_space with a trial that takes notes.  A configuration that
 search_space refuses (TrialPruned) is not in the space.
@@ -33,14 +33,13 @@ SearchSpace: TypeAlias = "Callable[[Any], Any]"
 Space: TypeAlias = "dict[str, BaseDistribution]"
 
 
-def explore(search_space: SearchSpace, study: optuna.Study | None = None) -> Space:
+def explore(search_space: SearchSpace) -> Space:
     """Return the parameters of every branch that one other value leads to, and so on from there.
 
     Raises:
         UserError: search_space fails, or a parameter's choices cannot be kept in a study.
     """
-    first = _Notes([], study)
-    first.ask(search_space)
+    study = optuna.create_study()
     space: Space = {}
     seen: set[tuple[int, ...]] = {()}
     paths: list[list[int]] = [[]]
@@ -78,15 +77,14 @@ def check_choices(space: Space, tuples: bool = True) -> None:
                 )
 
 
-def combinations(
-    search_space: SearchSpace, sampler: str, study: optuna.Study | None = None
-) -> list[dict[str, Any]]:
+def combinations(search_space: SearchSpace, sampler: str) -> list[dict[str, Any]]:
     """Return every combination, in an order that is mixed but always the same.
 
     Raises:
         UserError: a parameter is continuous, there are too many, or a grid has branches.
     """
     found = []
+    study = optuna.create_study()
     path: list[int] | None = []
     while path is not None:
         notes = _Notes(path, study)
@@ -111,10 +109,11 @@ def combinations(
 class _Notes(FixedTrial):
     """Takes the value of `path` (indices) for each parameter in turn, then the first ones."""
 
-    def __init__(self, path: list[int], study: optuna.Study | None) -> None:
+    def __init__(self, path: list[int], study: optuna.Study) -> None:
         super().__init__({})
-        if study is not None:
-            self.study = study  # a search_space may look at the trials that there are
+        # A search_space may look at the trials that there are.  In this study there are none: the
+        # space must be the same for every worker, whenever it starts.
+        self.study = study
         self._path = path
         self._sizes: list[int] = []  # how many values each parameter has; 0: continuous
 

@@ -35,6 +35,7 @@ import optuna
 import torch
 from torch import Tensor, distributed, nn
 
+from hpo import gpu
 from hpo.settings import Settings, UserError, use
 
 TrainModel: TypeAlias = Callable[[dict[str, Any], "optuna.Trial | None"], float]
@@ -98,7 +99,7 @@ def together(train_model: TrainModel, config: dict[str, Any], trial: optuna.Tria
         try:
             for each in range(number):
                 place = (trial.number, f"{folder}/meeting", each, number)
-                started.append(_start((settings, train_model, config, *place)))
+                _start((settings, train_model, config, *place), started)
             return _serve(trial, started)
         finally:
             for process, _ in started:
@@ -106,8 +107,8 @@ def together(train_model: TrainModel, config: dict[str, Any], trial: optuna.Tria
                 process.join()
 
 
-def _start(arguments: tuple[Any, ...]) -> tuple[SpawnProcess, Connection]:
-    """Start one process, deaf to the signals that are meant for the worker."""
+def _start(arguments: tuple[Any, ...], started: list[tuple[SpawnProcess, Connection]]) -> None:
+    """Start one process, deaf to the signals that are meant for the worker; add it to `started`."""
     mine, its = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_run, args=(*arguments, its))
     resource_tracker.ensure_running()  # otherwise `start` does, and unblocks the signals
@@ -115,10 +116,10 @@ def _start(arguments: tuple[Any, ...]) -> tuple[SpawnProcess, Connection]:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         process.start()
+        its.close()  # so that the pipe ends with the process
+        started.append((process, mine))  # before a signal can raise: whoever is started is ended
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    its.close()  # so that the pipe ends with the process
-    return process, mine
 
 
 def _serve(trial: optuna.Trial, started: list[tuple[SpawnProcess, Connection]]) -> float:
@@ -199,13 +200,13 @@ def _run(
         pipe.send(("return", train_model(config, trial)))
     except optuna.TrialPruned as pruned:
         pipe.send(("raise", pruned))
-    except Exception as error:
+    except (Exception, gpu.Unusable) as error:
         traceback.print_exc()  # in the worker's log; an exception is sent without it
         _send(pipe, error)
     pipe.recv()  # the worker ends all processes at once
 
 
-def _send(pipe: Connection, error: Exception) -> None:
+def _send(pipe: Connection, error: BaseException) -> None:
     try:
         pipe.send(("raise", error))
     except (TypeError, AttributeError, ValueError):  # an exception that cannot be pickled

@@ -71,7 +71,8 @@ def text_of(row: Sequence[int]) -> bytes:
 
 def precision(device: torch.device) -> AbstractContextManager[Any]:
     """Return the context for a forward pass: bf16 on a GPU that has it, float32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    # Not is_bf16_supported(): it says yes to GPUs that only emulate it, slowly.
+    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import logging
+import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -34,18 +34,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hpo import gpu
+from hpo.train.capture import CapturedStep
 from hpo.train.mnist import Images
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training images scaled to 0 … 1
 EVALUATION_BATCH = 500  # images; bounds the memory of the largest net's activations
-WARM_UP_STEPS = 3  # before a capture: cuDNN, cuBLAS and Adam allocate what they need
 # Of a step's forward pass. On a CPU with AVX512_BF16, nets above this had up to 1.8 × their speed
 # with bf16, and nets below down to 0.83 × (EPYC, torch 2.3 and 2.15, one thread): its conversions.
 BF16_FLOP = 6e7
 # glibc's mallopt(3), from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-
-log = logging.getLogger("hpo.training")
 
 
 @cache
@@ -53,8 +52,16 @@ def pick_device() -> torch.device:
     """Return this worker's GPU, or the CPU, and prepare the process for it, once.
 
     Slurm shows each task its own GPU as number 0.
+
+    Raises:
+        Unusable: a GPU was promised, and there is none.
     """
+    gpu.check()
+    if gpu.ending:
+        raise gpu.ending
     if torch.cuda.is_available():
+        # torch's advice to a captured step's optimiser, in the steps that warm it up.
+        warnings.filterwarnings("ignore", message="This instance was constructed with capturable")
         # TF32 in linear layers; convolutions have it by default.
         torch.set_float32_matmul_precision("high")
         return torch.device("cuda")
@@ -90,15 +97,6 @@ def normalise(images: Tensor) -> Tensor:
     """uint8 (n, 1, 28, 28), 0 … 255 → float32 of mean 0 and deviation 1 in one operation."""
     shift = torch.full((), -MEAN / STD, device=images.device)
     return torch.add(shift, images, alpha=1 / (255 * STD))
-
-
-@cache
-def side_stream() -> torch.cuda.Stream:
-    """Return the stream of this process that captures; CUDA forbids it on the default stream.
-
-    One for all trials, because cuBLAS keeps a workspace for each stream that it has ever seen.
-    """
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 @cache
@@ -160,8 +158,7 @@ class Trainer:
         if self.bf16:
             one = normalise(data.images[:1])
             self.bf16 = batch_size * forward_flop(model, one) > BF16_FLOP
-        self._run_step = self._step
-        self._capture_wanted = device.type == "cuda"
+        self.captured = CapturedStep(self._step, model, optimizer)
 
     def train_epoch(self) -> Tensor:
         """Train on every image once, in random order, and return the mean training loss.
@@ -174,12 +171,7 @@ class Trainer:
         self.batches.copy_(order[: self.batches.numel()].view_as(self.batches))
         self.position.zero_()
         self.total.zero_()
-        done = 0
-        if self._capture_wanted and self.steps > WARM_UP_STEPS:
-            self._capture_wanted = False
-            done = self._warm_up_and_capture()
-        for _ in range(done, self.steps):
-            self._run_step()
+        self.captured.take(self.steps)
         return self.total / self.steps
 
     def _step(self) -> None:
@@ -199,27 +191,6 @@ class Trainer:
         batch = self.batches.index_select(0, self.position).squeeze(0)
         images = self.data.images.index_select(0, batch)
         return normalise(images), self.data.labels.index_select(0, batch)
-
-    def _warm_up_and_capture(self) -> int:
-        """Take the first steps of the epoch eagerly, then capture; return how many were taken.
-
-        Recording runs nothing: the model, the optimiser and `position` stay as they are.  If it
-        fails, every step stays eager.
-        """
-        side = side_stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=side):
-                self._step()
-            self._run_step = graph.replay
-        except RuntimeError as error:  # out of memory and an operation that cannot be captured, too
-            log.warning("no CUDA graph, training eagerly: %s", str(error).splitlines()[0])
-        return WARM_UP_STEPS
 
 
 @torch.inference_mode()

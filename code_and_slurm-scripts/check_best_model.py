@@ -141,6 +141,8 @@ def print_test_scores(study: optuna.Study, settings: Settings, trial: FrozenTria
     path, folder = weights_path(settings, trial.number), folder_path(settings, trial.number)
     if folder.is_dir():
         print(f"folder          {folder}")
+        if not path.exists():  # a program, or a framework, that saves by itself
+            return
     try:
         if not path.exists():
             raise UserError(f"the weights of the best trial are not here ({path})")

@@ -24,25 +24,29 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="to go on after an interruption")
     options = parser.parse_args()
 
-    points = noisy_sine(400)
-    training, validation = points[:300], points[300:]
-    first, weights = 1, [0.0] * (options.degree + 1)
+    points = noisy_sine(16_000)
+    training, validation = points[:15_000], points[15_000:]
+    done, weights = 0, [0.0] * (options.degree + 1)
     saved = options.folder and options.folder / "weights.json"
     if saved and saved.exists():
-        first, weights = json.loads(saved.read_text())
-    for epoch in range(first, options.epochs + 1):
+        done, weights, loss = json.loads(saved.read_text())
+        tell(done, loss)  # again: it may have been ended right after it was saved
+    for epoch in range(done + 1, options.epochs + 1):
         random.Random(f"{options.seed} {epoch}").shuffle(training := sorted(training))
         for x, y in training:
             error = predict(weights, x) - y
             weights = [w - options.lr * error * x**power for power, w in enumerate(weights)]
         loss = sum((predict(weights, x) - y) ** 2 for x, y in validation) / len(validation)
-        print(f"epoch {epoch}: validation loss {loss}", flush=True)
-        if (
-            saved
-        ):  # after the metric was printed: an epoch that is saved is not run, nor told, again
+        if saved:  # before the metric is printed: whoever reads that may end the program
             new = saved.with_suffix(".new")
-            new.write_text(json.dumps([epoch + 1, weights]))
+            new.write_text(json.dumps([epoch, weights, loss]))
             os.replace(new, saved)  # never half written
+        tell(epoch, loss)
+
+
+def tell(epoch: int, loss: float) -> None:
+    """Print the metric, at once."""
+    print(f"epoch {epoch}: validation loss {loss}", flush=True)
 
 
 def noisy_sine(number: int) -> list[tuple[float, float]]:

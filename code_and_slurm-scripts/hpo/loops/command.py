@@ -29,8 +29,10 @@ Where the metric is:
 
 The step is the group `step`, or "step"; otherwise matches are counted.  A trial that goes on counts
 from where it was if the command has {folder}, since the program can go on from there; otherwise the
-program begins again, and what it repeats is not reported twice.  A program that goes on should
-print its metric first and save its state then: it may be ended in between.
+program begins again.  A step that was reported is not reported again.
+
+A program that goes on should save its state before it prints its metric, since whoever reads that
+may end it; and print the last one again when it goes on, since it may be ended in between.
 
 A C program that prints to a file keeps its lines for long: let it call fflush(stdout), or write
 stdbuf -oL before the command.
@@ -53,6 +55,7 @@ import optuna
 from optuna.trial import FixedTrial
 
 from hpo import checkpoint
+from hpo.drain import Drained
 from hpo.loops.metric import Metric
 from hpo.loops.process import Lines, Program, running
 from hpo.search.space import explore, value_at
@@ -127,7 +130,7 @@ class Command:
         try:
             with running(words, log_file, self.grace) as program:
                 status = self._watch(program, metric)
-        except BaseException:  # it may have finished an epoch when it was told to end
+        except Drained:  # it may have finished an epoch when it was told to end
             metric.look()
             raise
         metric.look(whole=False)
@@ -140,10 +143,8 @@ class Command:
         pause, longest = POLL_SECONDS
         while (status := program.wait(pause)) is None:
             pause = min(1.5 * pause, longest)
-            if metric.look():
+            if metric.look(ask=True):
                 pause = POLL_SECONDS[0]
-                if metric.trial.should_prune():
-                    raise optuna.TrialPruned
         if status in (-signal.SIGTERM, 128 + signal.SIGTERM):
             time.sleep(SIGNAL_SECONDS)  # scancel signals all processes: ours raises Drained here
         return status

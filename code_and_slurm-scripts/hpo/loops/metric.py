@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,27 +43,35 @@ class Metric:
         """
         self.trial, self._lines, self._pattern = trial, lines, pattern
         self._objectives, self._where = tuple(objectives), where
+        self._lines_left: deque[str] = deque()  # when the trial was told to stop, some may be
         self._values: dict[str, float] = {}
         self._constraints: dict[str, float] = {}
         frozen = trial.study.get_trials(deepcopy=False)[trial.number]
         self._reported = dict(frozen.intermediate_values)
         self._next = max(self._reported, default=-1) + 1 if goes_on else 0
 
-    def look(self, whole: bool = True) -> bool:
-        """Report what is new (with `whole=False`, in a last line without end, too).
+    def look(self, *, whole: bool = True, ask: bool = False) -> bool:
+        """Report what is new; return whether there was anything.
 
-        Returns whether there was anything.
+        Args:
+            whole: leave a last line that has no end to the next call.
+            ask: after each report, whether the trial is to be pruned or its worker has to stop.
 
         Raises:
             UserError: a metric is no number.
+            optuna.TrialPruned: with `ask`.
         """
+        self._lines_left.extend(self._lines.new(whole))
         before = len(self._reported)
-        for line in self._lines.new(whole):
+        while self._lines_left:
+            line = self._lines_left.popleft()
             for step, value in self._in_text(line) if self._pattern else self._in_json(line):
                 self._next = step + 1
                 if step not in self._reported:
                     self._reported[step] = value
                     self.trial.report(value, step)
+                    if ask and self.trial.should_prune():
+                        raise optuna.TrialPruned
         return len(self._reported) > before
 
     def value(self) -> float | tuple[float, ...]:

@@ -33,7 +33,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from hpo import packages
-from hpo.checkpoint import weights_path
+from hpo.checkpoint import folder_path, weights_path
 from hpo.settings import Settings, UserError, run_script
 from hpo.show.export import (
     chosen_trial,
@@ -138,7 +138,11 @@ def print_front(study: optuna.Study, front: list[FrozenTrial]) -> None:
 
 def print_test_scores(study: optuna.Study, settings: Settings, trial: FrozenTrial) -> None:
     """Score the best weights with the `test_model` function of the study's own script."""
-    path = weights_path(settings, trial.number)
+    path, folder = weights_path(settings, trial.number), folder_path(settings, trial.number)
+    if folder.is_dir():
+        print(f"folder          {folder}")
+        if not path.exists():  # a program, or a framework, that saves by itself
+            return
     try:
         if not path.exists():
             raise UserError(f"the weights of the best trial are not here ({path})")

@@ -74,6 +74,7 @@ def run_trial(
     except UpdateFinishedTrialError:  # this worker was frozen, and another one has taken over
         log.warning("trial %d is no longer this worker's: result dropped", trial.number)
         outcome = Outcome(TrialState.RUNNING)
+    checkpoint.release()
     free_memory()
     return outcome
 

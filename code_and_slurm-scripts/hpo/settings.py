@@ -182,15 +182,16 @@ def run_script(main: Callable[[], int]) -> None:
     """
     if imported_by_another:
         return
+    status = 0
     try:
-        status = main()
+        try:
+            status = main()
+        except UserError as error:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            status = 2
         sys.stdout.flush()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        status = 2
     except BrokenPipeError:  # `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     sys.exit(status)
 
 

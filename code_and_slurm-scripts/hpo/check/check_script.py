@@ -35,7 +35,7 @@ from hpo import gpu, script
 from hpo.check import costs, resuming
 from hpo.check.bench import FIRST_SECONDS, LEAST, Bench
 from hpo.check.parameters import Parameters
-from hpo.check.short_trial import Outcome
+from hpo.check.short_trial import Outcome, ShortTrial
 from hpo.check.table import Table, progress
 from hpo.drain import Drain
 from hpo.script import Script
@@ -64,7 +64,7 @@ def check_script(objective: Objective, me: Script, settings: Settings) -> int:
     if prepare := me.offers("prepare"):
         prepare()
     gpu.check(start=settings.gpus_per_trial == 1)
-    Drain(float("inf"))  # from now on, Ctrl-C is noted
+    ShortTrial.drain = Drain(float("inf"))  # from now on, Ctrl-C is noted
     table = Table()
     try:
         with tempfile.TemporaryDirectory(prefix="check-") as folder:

@@ -120,7 +120,8 @@ class Parameters:
             for other in others:
                 if name not in self.verdicts:
                     self.compare(name, bench.values, bench.whole, [other])
-            self.run_to_the_end(name)
+            if name not in self.verdicts:
+                self.run_to_the_end(name, bench.values, bench.whole)
         bases = [self.branches[name]] if name in self.branches else []
         for chance in range(OTHERS + 1 - len(bases)):
             if name in self.verdicts or bench.left() < 2 * bench.cost:
@@ -145,33 +146,45 @@ class Parameters:
             mine = {**values, **known.params}
             others = others_of(self.bench.space[name], mine.get(name))
             self.compare(name, mine, known, others[:1])
+            if name not in self.verdicts and name not in self.bench.whole.params:
+                self.whole_branch(name, mine)
 
-    def run_to_the_end(self, name: str) -> None:
-        """Run the whole trial with another value: it may act later, as a schedule does."""
-        bench, whole = self.bench, self.bench.whole
+    def whole_branch(self, name: str, values: Mapping[str, Any]) -> None:
+        """Run whole trials of a branch that the first trial has not taken."""
+        bench = self.bench
+        epochs = max(1, len(bench.whole.reports))
+        if name not in self.to_the_end and bench.left() > 2 * epochs * bench.cost:
+            self.run_to_the_end(name, values, bench.run(values, limit=bench.left()))
+
+    def run_to_the_end(self, name: str, values: Mapping[str, Any], whole: Outcome) -> None:
+        """Run whole trials with other values: they may act later, as a schedule's do."""
+        bench = self.bench
         needed = whole.first_report + whole.epoch * len(whole.reports)
-        if name in self.verdicts or not whole.ended or bench.left() < needed:
+        if not whole.ended or not bench.repeatable:  # what differs by chance adds up
             return
-        for other in others_of(bench.space[name], bench.values[name])[:VALUES]:
-            changed = bench.changed(bench.values, name, other)
-            if changed is None or bench.left() < needed:
+        for other in others_of(bench.space[name], values[name])[:VALUES]:
+            changed = bench.changed(values, name, other)
+            if name in self.verdicts or changed is None or bench.left() < needed:
                 continue
-            change = f"{shown(other)} instead of {shown(bench.values[name])}"
+            change = f"{shown(other)} instead of {shown(values[name])}"
             progress(f"{name}: {change}, to the end of the trial")
             outcome = bench.run(changed, limit=max(needed, bench.left()))
             if outcome.state == TrialState.FAIL:
                 self.failed[name] = f"{change}: the trial fails ({outcome.reason})"
-            elif len(outcome.reports) != len(whole.reports) and outcome.ended:
-                self.verdicts[name] = "ok", f"{change} changes the number of epochs"
-            elif outcome.ended and bench.differ(whole, outcome, len(whole.reports)):
-                self.verdicts[name] = "ok", f"{change} changes the result"
-            elif outcome.ended and outcome.value != whole.value and bench.repeatable:
-                self.verdicts[name] = "ok", f"{change} changes the value"
             elif outcome.ended:
-                self.to_the_end.add(name)
-                self.note(name, change, len(outcome.reports))
-            if name in self.verdicts:
-                return
+                self.judge_whole(name, change, whole, outcome)
+
+    def judge_whole(self, name: str, change: str, whole: Outcome, outcome: Outcome) -> None:
+        """Compare two trials that have run to their ends."""
+        if len(outcome.reports) != len(whole.reports):
+            self.verdicts[name] = "ok", f"{change} changes the number of epochs"
+        elif self.bench.differ(whole, outcome, len(whole.reports)):
+            self.verdicts[name] = "ok", f"{change} changes the result"
+        elif outcome.value != whole.value:
+            self.verdicts[name] = "ok", f"{change} changes the value"
+        else:
+            self.to_the_end.add(name)
+            self.note(name, change, len(outcome.reports))
 
     # ---------- Where nothing has changed ----------
 

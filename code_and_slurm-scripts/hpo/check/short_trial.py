@@ -144,6 +144,7 @@ class ShortTrial:
     """Trial 0 of a new study in STUDY_DB, which is a temporary one."""
 
     studies = 0
+    drain: Drain | None = None  # of the trial before
     asks = True  # whether the script is known to ask should_prune()
 
     def __init__(
@@ -168,7 +169,10 @@ class ShortTrial:
         """
         use(self.settings)
         outcome = Outcome()
-        drain = Drain(math.inf)
+        before, drain = ShortTrial.drain, Drain(math.inf)
+        ShortTrial.drain = drain
+        if before and before.at_once:  # Ctrl-C between two trials
+            raise KeyboardInterrupt
         seed_everything(self.runs)  # whoever resumes it is another process, elsewhere in its seeds
         self.runs += 1
         pruner = self.study.pruner = _Pruner(outcome, answer)

@@ -43,7 +43,7 @@ while ((! stopping)); do
     fi
     returned=0 # 10: it has left a trial; 11: and had finished others before
     "$@" -m hpo.job.return_trials "$WORKER_TOKEN" "$how" $((SECONDS - began)) || returned=$?
-    if ((stopping)) || { ((returned < 10)) && [[ $status =~ ^(0|1|2|75)$ ]]; }; then
+    if ((stopping)) || { [[ ! $returned =~ ^1[01]$ ]] && [[ $status =~ ^(0|1|2|75)$ ]]; }; then
         exit "$status"
     fi
     if ((status == NO_CAPTURE)) && [[ -z ${NO_CUDA_GRAPHS:-} ]]; then

@@ -93,7 +93,8 @@ def test_export_loads_without_the_bundle(trained: optuna.Study, run: Run, tmp_pa
     folder = tmp_path / "best"
     result = run("check_best_model.py", "--export", str(folder))
     assert result.returncode == 0, result.stderr
-    names = ["code", "config.json", "load_model.py", "metrics.json", "versions.json", "weights.pt"]
+    names = ["code", "config.json", "load_model.py", "metrics.json", "requirements.txt"]
+    names += ["versions.json", "weights.pt"]
     assert sorted(os.listdir(folder)) == names
     config = json.loads((folder / "config.json").read_text())
     assert config == {**SMALL, "epochs": 2, "num_classes": 10}
@@ -150,7 +151,7 @@ def test_wrong_options(options: list[str], says: str, study: optuna.Study, run: 
 def test_trial_that_is_not_there(trained: optuna.Study, run: Run) -> None:
     result = run("check_best_model.py", "--retrain", "1", "--trial", "7")
     assert result.returncode == 2
-    assert "--trial 7: there is no complete trial" in result.stderr
+    assert "--trial 7: there is no trial of that number" in result.stderr
 
 
 def test_retrain_says_mean_and_deviation(trained: optuna.Study, run: Run) -> None:

@@ -2,6 +2,7 @@
 """How far the study is, its best parameters, and the test score of its best weights.
 
     python check_best_model.py                at any time, from any folder, also while workers run
+    python check_best_model.py --trial N      one trial: its parameters, its test score
     python check_best_model.py --watch        follow it until all trials are done
     python check_best_model.py --report       pictures: report-STUDY_NAME/report.html and PNGs
     python check_best_model.py --export DIR   the best model: weights, configuration, code
@@ -27,61 +28,87 @@ Without torch (a login node, a laptop) everything is shown but the test score.
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from hpo import packages
-from hpo.checkpoint import weights_path
+from hpo.checkpoint import folder_path, weights_path
 from hpo.settings import Settings, UserError, run_script
-from hpo.show.export import (
-    chosen_trial,
-    configuration,
-    export,
-    load_script,
-    load_weights,
-    mean_and_deviation,
-    retrain,
-    scores,
-)
+from hpo.show.export import ExportFailed, export, mean_and_deviation, retrain
 from hpo.show.progress import follow
 from hpo.show.report import objective_names, write_report
+from hpo.show.results import (
+    chosen_trial,
+    configuration,
+    load_script,
+    load_weights,
+    scores,
+    shown_score,
+)
 from hpo.study.opening import open_study
-from hpo.study.trials import best_trials, count, fail_reasons, without_best
-from hpo.words import parameters, shown
+from hpo.study.trials import attributes, best_trials, count, fail_reasons, without_best
+from hpo.words import cut, one_line, parameters, shown, values
 
 TOP = 5
 
 
 def main() -> int:
-    """Print the state of the study of the environment; return the exit status."""
+    """Do what the command line asks for; return the exit status."""
     options = arguments()
     settings = Settings.from_env()
     study = open_study(settings)
+    try:
+        return show(study, settings, options)
+    except KeyboardInterrupt:  # ends this program, not the study
+        print()
+        return 0 if options.watch else 130
+
+
+def show(study: optuna.Study, settings: Settings, options: argparse.Namespace) -> int:
+    """Print or write what was asked for; return the exit status."""
     if options.watch:
-        try:
-            follow(study, settings)
-        except KeyboardInterrupt:  # ends the view, not the study
-            print()
+        follow(study, settings)
     elif options.report is not None:
         folder = Path(options.report).absolute() if options.report else None
         print(f"report          {write_report(study, settings, folder)}")
-    elif options.export:
-        trial = chosen_trial(study, options.trial)
-        export(study, settings, trial, Path(options.export))
-        print(f"trial {trial.number} is in {options.export}: python {options.export}/load_model.py")
+    elif options.export is not None:
+        return export_model(study, settings, options)
     elif options.retrain:
         trial = chosen_trial(study, options.trial)
-        for name, scores in retrain(study, settings, trial, options.retrain).items():
-            print(f"{name:15} {mean_and_deviation(scores)}   ({options.retrain} seeds)")
+        found = retrain(study, settings, trial, options.retrain)
+        for name, numbers in found.items():
+            print(f"{name:15} {mean_and_deviation(numbers)}   ({options.retrain} seeds)")
+        if not found:
+            print("no mean: none of the test scores is a number")
+    elif options.trial is not None:
+        print_trial(study, settings, chosen_trial(study, options.trial))
     else:
         print_state(study, settings)
     return 0
 
 
+def export_model(study: optuna.Study, settings: Settings, options: argparse.Namespace) -> int:
+    """Write the folder of --export; return the exit status."""
+    trial = chosen_trial(study, options.trial)
+    try:
+        said = export(study, settings, trial, Path(options.export))
+    except ExportFailed as error:
+        print(f"check_best_model.py: error: {error}", file=sys.stderr)
+        return 1
+    print(f"loaded once in another Python process, in another folder: {said}")
+    print(f"trial {trial.number} is in {options.export}: python {options.export}/load_model.py")
+    return 0
+
+
 def arguments() -> argparse.Namespace:
-    """Return the command line's options; argparse exits with status 2 where one is wrong."""
+    """Return the command line's options; argparse exits with status 2 where one is wrong.
+
+    Raises:
+        UserError: --trial does not go with another of them.
+    """
     parser = argparse.ArgumentParser(
         description="The study's progress, its best parameters and the score of its best weights.",
         epilog="STUDY_DB, STUDY_NAME and TOTAL_TRIALS come from the environment, as for a job.",
@@ -92,7 +119,10 @@ def arguments() -> argparse.Namespace:
     what.add_argument("--export", metavar="DIR", help="write the best model into a new folder")
     what.add_argument("--retrain", type=seeds, metavar="K", help="train it anew with K seeds")
     parser.add_argument("--trial", type=int, metavar="N", help="take trial N, not the best one")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.trial is not None and (options.watch or options.report is not None):
+        raise UserError("--trial goes alone, with --export or with --retrain: not with the others")
+    return options
 
 
 def seeds(text: str) -> int:
@@ -107,7 +137,7 @@ def print_state(study: optuna.Study, settings: Settings) -> None:
     print(f"study {study.study_name} in {settings.study_db}")
     print(count(study, settings))
     for reason, number in fail_reasons(study.get_trials(deepcopy=False)):
-        print(f"  {number} × {reason}")
+        print(f"  {number} × {cut(reason)}")
     best = best_trials(study)
     if not best:
         print(without_best(study))
@@ -116,14 +146,41 @@ def print_state(study: optuna.Study, settings: Settings) -> None:
     else:
         print("top five")
         for trial in best[:TOP]:
-            print(
-                f"  trial {trial.number:<5} {shown(trial.values[0])}   {parameters(trial.params)}"
-            )
+            print_row(trial, shown(trial.values[0]))
         print(f"best_value  {shown(best[0].values[0])} (trial {best[0].number})")
-        print("best_params")
-        for name, value in best[0].params.items():
-            print(f"  {name:15} {shown(value)}")
+        print_params("best_params", best[0])
         print_test_scores(study, settings, best[0])
+
+
+def print_trial(study: optuna.Study, settings: Settings, trial: FrozenTrial) -> None:
+    """Print one trial, and the score of its weights."""
+    print(f"study {study.study_name} in {settings.study_db}")
+    print(f"value       {values(trial.values)} (trial {trial.number})")
+    print_params("params", trial)
+    print_test_scores(study, settings, trial)
+
+
+def print_row(trial: FrozenTrial, numbers: str) -> None:
+    """Print a trial on one line."""
+    more = parameters(attributes(trial))
+    print(
+        f"  trial {trial.number:<5} {numbers}   {parameters(trial.params)}"
+        + (f"   ({cut(one_line(more), 60)})" if more else "")
+    )
+
+
+def print_params(title: str, trial: FrozenTrial) -> None:
+    """Print the parameters of a trial, and what its objective has noted besides."""
+    print_block(title, [(name, shown(value)) for name, value in trial.params.items()])
+    if noted := attributes(trial):
+        print_block("attributes", [(name, shown_score(value)) for name, value in noted.items()])
+
+
+def print_block(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print a title and names with their values."""
+    print(title)
+    for name, value in rows:
+        print(f"  {name:15} {value}")
 
 
 def print_front(study: optuna.Study, front: list[FrozenTrial]) -> None:
@@ -131,28 +188,28 @@ def print_front(study: optuna.Study, front: list[FrozenTrial]) -> None:
     names = objective_names(study)
     print(f"Pareto front of {', '.join(names)}: {len(front)} trials")
     for trial in front:
-        numbers = "  ".join(f"{shown(value):<10}" for value in trial.values)
-        print(f"  trial {trial.number:<5} {numbers}  {parameters(trial.params)}")
-    print("one of them: --export DIR --trial N, --retrain K --trial N")
+        print_row(trial, "  ".join(f"{shown(value):<10}" for value in trial.values))
+    print("one of them: --trial N, --export DIR --trial N, --retrain K --trial N")
 
 
 def print_test_scores(study: optuna.Study, settings: Settings, trial: FrozenTrial) -> None:
-    """Score the best weights with the `test_model` function of the study's own script."""
-    path = weights_path(settings, trial.number)
+    """Score the weights of a trial with the `test_model` function of the study's own script."""
+    folder = folder_path(settings, trial.number)
+    if folder.is_dir():
+        print(f"folder          {folder}")
+        if not weights_path(settings, trial.number).exists():
+            return  # of a program, or a framework, that saves by itself
     try:
-        if not path.exists():
-            raise UserError(f"the weights of the best trial are not here ({path})")
-        packages.need("it", "torch")
+        weights = load_weights(settings, trial.number)
         script = load_script(study, settings)
         script.need("test_model", "it")
-        weights = load_weights(settings, trial.number)
-        found = scores(script, configuration(script, trial), weights)
+        found = scores(script, configuration(script, study, trial), weights)
     except UserError as error:  # everything else has been shown
         print(f"test score: {error}")
         return
     for name, score in found.items():
-        print(f"{name:15} {shown(score)}")
-    print(f"weights         {path}")
+        print(f"{name:15} {shown_score(score)}")
+    print(f"weights         {weights_path(settings, trial.number)}")
 
 
 if __name__ == "__main__":

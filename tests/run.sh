@@ -14,12 +14,18 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source code_and_slurm-scripts/hpo/job/venv.sh
 
+# What depends on the versions of Python, torch or the packages; all else is the same with both.
+of_versions=(tests/test_{capture,check_best_model,check_script,checkpoint,ddp,gpu,huggingface}.py
+    tests/test_{optuna_mnist,optuna_t5,plain_training,report,samplers,script,settings,space}.py
+    tests/test_{sqlite_storage,training,trial_cache,worker}.py)
+# Files beside each other, one per core: most tests wait for processes.
+parallel=(--numprocesses=auto --maxprocesses=4 --dist=loadfile)
 environment=${1:-new}
 shift || true
-environments=("$environment") tests=(tests --ignore=tests/cluster --ignore=tests/gpu)
+environments=("$environment")
 case $environment in
-    new) ;;
-    floor) ;;
+    new) tests=("${parallel[@]}" tests --ignore=tests/cluster --ignore=tests/gpu) ;;
+    floor) tests=("${parallel[@]}" "${of_versions[@]}") ;;
     cluster) tests=(tests/cluster) ;;
     gpu)
         if ! nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then

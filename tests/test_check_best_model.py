@@ -18,7 +18,7 @@ import torch
 import optuna_mnist
 from common import SCRIPTS, SMALL, Run
 from fake_study import fill
-from hpo import checkpoint
+from hpo import checkpoint, words
 from hpo.settings import Settings
 from hpo.show import progress
 from hpo.show.export import mean_and_deviation
@@ -51,9 +51,9 @@ def test_top_five_and_fail_reasons(study: optuna.Study, run: Run) -> None:
     complete = [trial for trial in study.trials if trial.values]
     best = sorted(complete, key=lambda trial: trial.values[0])[:5]
     rows = re.findall(r"^  trial (\d+) +(\S+)   lr=", shown, re.M)
-    assert rows == [(str(trial.number), f"{trial.values[0]:.4f}") for trial in best]
+    assert rows == [(str(trial.number), words.shown(trial.values[0])) for trial in best]
     assert "  3 × out of memory (MemoryError)" in shown
-    assert f"the weights of the best trial are not here ({SCRIPTS.anchor}" in shown
+    assert f"are not here ({SCRIPTS.anchor}" in shown
 
 
 def test_without_evaluation_it_takes_a_second(study: optuna.Study, run: Run) -> None:
@@ -93,7 +93,8 @@ def test_export_loads_without_the_bundle(trained: optuna.Study, run: Run, tmp_pa
     folder = tmp_path / "best"
     result = run("check_best_model.py", "--export", str(folder))
     assert result.returncode == 0, result.stderr
-    names = ["code", "config.json", "load_model.py", "metrics.json", "versions.json", "weights.pt"]
+    names = ["code", "config.json", "load_model.py", "metrics.json", "requirements.txt"]
+    names += ["versions.json", "weights.pt"]
     assert sorted(os.listdir(folder)) == names
     config = json.loads((folder / "config.json").read_text())
     assert config == {**SMALL, "epochs": 2, "num_classes": 10}
@@ -133,8 +134,8 @@ def test_export_overwrites_nothing(trained: optuna.Study, run: Run, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--export", "x"], "has no complete trial yet"),
-        (["--retrain", "2"], "has no complete trial yet"),
+        (["--export", "x"], "no trial is complete yet"),
+        (["--retrain", "2"], "no trial is complete yet"),
         (["--retrain", "0"], "no number of seeds"),
         (["--retrain", "two"], "no number of seeds"),
         (["--retrain", "2", "--export", "x"], "not allowed with"),
@@ -150,7 +151,7 @@ def test_wrong_options(options: list[str], says: str, study: optuna.Study, run: 
 def test_trial_that_is_not_there(trained: optuna.Study, run: Run) -> None:
     result = run("check_best_model.py", "--retrain", "1", "--trial", "7")
     assert result.returncode == 2
-    assert "--trial 7: there is no complete trial" in result.stderr
+    assert "--trial 7: there is no trial of that number" in result.stderr
 
 
 def test_retrain_says_mean_and_deviation(trained: optuna.Study, run: Run) -> None:
@@ -165,7 +166,7 @@ def test_retrain_says_mean_and_deviation(trained: optuna.Study, run: Run) -> Non
     deviation = (sum((x - mean) ** 2 for x in each) / 2) ** 0.5
     assert float(found[1]) == pytest.approx(mean, abs=1e-4)
     assert float(found[2]) == pytest.approx(deviation, abs=1e-4)
-    assert mean_and_deviation([0.5]) == "0.5000"
+    assert mean_and_deviation([0.5]) == "0.5"
 
 
 def test_final_training_uses_every_image(monkeypatch: pytest.MonkeyPatch) -> None:

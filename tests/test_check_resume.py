@@ -37,7 +37,6 @@ def test_what_is_saved_is_found_to_be_there(check: Checker) -> None:
         ({"before": "ema = copy.deepcopy(model)", "after": "for mine, other in zip(ema.parameters()"
           ", model.parameters()):\n    mine.data.lerp_(other.data, 0.1)\n"
           "loss = float((ema(x) - y).square().mean())"}, "ema (Linear)"),
-        ({"epoch": "noise = random.random()"}, "Python's random numbers"),
     ],
 )  # fmt: skip
 def test_what_no_checkpoint_holds_is_named(

@@ -39,7 +39,7 @@ def address() -> str:
 @pytest.fixture
 def dashboard(run: Run, own_study: Path, address: str) -> Iterator[Callable[[str], str]]:
     """Start the dashboard as README does, on a new study; return what fetches a page of it."""
-    assert run("init_optuna_db.py", PY_SCRIPT=OBJECTIVE.name).returncode == 0
+    assert run("init_optuna_db.py", PY_SCRIPT=str(OBJECTIVE)).returncode == 0
     host, port = address.split(":")
     program = str(Path(sys.executable).with_name("optuna-dashboard"))
     command = [program, f"sqlite:///{own_study}", "--host", host, "--port", port]

@@ -37,7 +37,9 @@ def test_torchvision_reads_what_prepare_unpacks(root: Path) -> None:
 
 
 def test_eight_processes_unpack_at_once(root: Path) -> None:
-    code = f"from pathlib import Path; from hpo import mnist; mnist.prepare(Path({str(root)!r}))"
+    code = (
+        f"from pathlib import Path; from hpo.train import mnist; mnist.prepare(Path({str(root)!r}))"
+    )
     folder = BUNDLE / "code_and_slurm-scripts"
     workers = [subprocess.Popen([sys.executable, "-c", code], cwd=folder) for _ in range(8)]
     assert [worker.wait(timeout=120) for worker in workers] == [0] * 8

@@ -63,7 +63,7 @@ def database(socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"postgresql+psycopg2://postgres@/study?host={socket_folder}"
     monkeypatch.setenv("STUDY_DB", url)
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
-    monkeypatch.setenv("PY_SCRIPT", OBJECTIVE.name)
+    monkeypatch.setenv("PY_SCRIPT", str(OBJECTIVE))
 
 
 def start(rank: int, **env: str) -> subprocess.Popen[str]:

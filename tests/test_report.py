@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import os
 import re
@@ -153,11 +154,19 @@ def test_missing_package_gives_the_command(
     image: str, study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(study, 3)
-    monkeypatch.setitem(sys.modules, "plotly", None)
+    version = importlib.metadata.version
+
+    def all_but_one(name: str) -> str:
+        if name == "plotly":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", all_but_one)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("APPTAINER_CONTAINER", image)
     with pytest.raises(UserError, match="needs plotly, which this Python has not") as caught:
         write_report(study, Settings.from_env(), tmp_path / "r")
-    end = f"{image} pip install --user plotly" if image else "-m pip install plotly"
+    end = f"{image} pip install --user plotly==7.1.0" if image else "-m pip install plotly==7.1.0"
     assert end in str(caught.value).splitlines()[1]
     assert not (tmp_path / "r").exists()
 

@@ -31,7 +31,7 @@ def server(own_study: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproc
     monkeypatch.setenv("LEASE_GRACE", "2")
     monkeypatch.setenv("PRUNER", "none")
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
-    monkeypatch.setenv("PY_SCRIPT", OBJECTIVE.name)
+    monkeypatch.setenv("PY_SCRIPT", str(OBJECTIVE))
     create_or_open_study(Settings.from_env())._storage.remove_session()
     command = [sys.executable, "-m", "hpo.study.server", str(WORKERS)]
     process = subprocess.Popen(command, cwd=SCRIPTS, text=True, stderr=subprocess.PIPE)
@@ -92,9 +92,8 @@ def test_trial_of_a_killed_worker_is_run_by_another(server: subprocess.Popen[str
 def test_others_read_the_backup_and_other_jobs_are_refused(
     server: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, run: Run, own_study: Path
 ) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "78")
     with pytest.raises(UserError, match=r"job 77 on .* serves"):
-        open_study(Settings.from_env())
+        open_study(Settings.from_env(SLURM_JOB_ID="78"))
     monkeypatch.delenv("SLURM_JOB_ID")
     end = time.monotonic() + 60
     while not own_study.with_name("study.db.backup").exists():

@@ -76,12 +76,12 @@ def test_choices_that_no_other_worker_could_read_are_refused(choice: Any) -> Non
 @pytest.mark.filterwarnings("ignore:Choices for a categorical")
 def test_choices_may_be_tuples() -> None:
     space = explore(lambda trial: trial.suggest_categorical("layers", [(8,), (8, 8)]))
-    assert space == {"layers": CategoricalDistribution([(8,), (8, 8)])}
+    assert space == {"layers": CategoricalDistribution([(8,), (8, 8)])}  # type: ignore[list-item]
 
 
 def test_a_space_that_fails_is_one_line() -> None:
     with pytest.raises(UserError, match="search_space fails with the first values: KeyError: 'n"):
-        explore(lambda trial: {}["no such"])
+        explore(lambda trial: dict[str, int]()["no such"])
 
 
 def script(search_space: Any) -> Script:

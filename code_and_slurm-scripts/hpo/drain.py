@@ -23,6 +23,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 REPORT_SECONDS = 30.0  # the batch script's own work after the workers have ended
+MARGIN_SECONDS = 5.0  # from the moment that a trial is saved until it is asked to stop, at most
 RESERVE_SECONDS = 90.0  # before the job's end; as #SBATCH --signal=B:USR1@90, the second net
 
 
@@ -45,6 +46,7 @@ class Drain:
         self._interruptible = False
         self._last = time.monotonic()  # start of the running epoch
         self._longest_epoch = 0.0  # seconds
+        _in_use[:] = [self]
         signal.signal(signal.SIGUSR1, self._stop_after_epoch)
         signal.signal(signal.SIGTERM, self._stop_now)
         signal.signal(signal.SIGINT, self._stop_now)
@@ -53,8 +55,16 @@ class Drain:
         """Whether to stop: asked to, or the next epoch would not end before the job does."""
         if self._drain_file and self._drain_file.exists():
             return True
-        needed = max(RESERVE_SECONDS, REPORT_SECONDS + self._longest_epoch)
-        return self._requested or time.time() + needed > self._job_end
+        return self._requested or self._too_late_for(self._longest_epoch)
+
+    def will_be_due(self) -> bool:
+        """Whether `is_due` will say so at the end of the running epoch, which is about now."""
+        epoch = max(self._longest_epoch, time.monotonic() - self._last)
+        return self.is_due() or self._too_late_for(epoch, MARGIN_SECONDS)
+
+    def _too_late_for(self, epoch: float, margin: float = 0.0) -> bool:
+        needed = max(RESERVE_SECONDS, REPORT_SECONDS + epoch)
+        return time.time() + margin + needed > self._job_end
 
     @property
     def at_once(self) -> bool:
@@ -87,6 +97,14 @@ class Drain:
         if self._interruptible:
             self._interruptible = False  # a second signal must not interrupt the return
             raise Drained
+
+
+_in_use: list[Drain] = []  # at most one: signals have one handler
+
+
+def asked_to_stop() -> bool:
+    """Whether this worker's trial will have to stop when it next asks should_prune()."""
+    return any(drain.will_be_due() for drain in _in_use)
 
 
 class DrainingPruner(optuna.pruners.BasePruner):

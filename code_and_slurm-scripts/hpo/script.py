@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import shlex
 import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
@@ -167,13 +168,17 @@ _taken: list[list[str]] = []  # the words before `--`, once they were taken off 
 def take_arguments() -> None:
     """Leave the script its own arguments, those after `--`, or SCRIPT_ARGS; keep the worker's.
 
-    Called when hpo.worker is imported, that is before the script looks at its arguments.
+    Called when hpo.worker is imported, that is before the script looks at its arguments.  Those
+    after `--` are SCRIPT_ARGS from here on: the study remembers them.
     """
+    if settings.imported_by_another:  # they are its own already
+        return
     words = sys.argv[1:]
     if "--" in words:
         at = words.index("--")
         _taken[:] = [words[:at]]
         sys.argv[1:] = words[at + 1 :]
+        os.environ["SCRIPT_ARGS"] = shlex.join(words[at + 1 :])
     elif words in ([], ["--check"]) and os.environ.get("SCRIPT_ARGS"):
         _taken[:] = [words]
         sys.argv[1:] = Settings.from_env().script_args
@@ -196,7 +201,8 @@ def load(py_script: str) -> Script:
     """Import a script, which runs no trial; it sees none of this program's arguments.
 
     Raises:
-        UserError: the script, a package that it needs, or its DATA is missing; or it raises.
+        UserError: the script, a package that it needs, or its DATA is missing; or it raises, or
+            ends before its last line with a status that is not 0.
     """
     path = SCRIPTS / py_script
     _parse(py_script)
@@ -207,11 +213,16 @@ def load(py_script: str) -> Script:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # processes of a trial find its functions by this name
-    with _as_if_launched(path):
+    with as_if_launched(py_script):
         try:
             spec.loader.exec_module(module)
-        except SystemExit:  # at its end, without a line `if __name__ == "__main__":`
-            pass
+        except SystemExit as error:  # at its end, without a line `if __name__ == "__main__":`
+            if error.code:  # e.g. of its parser, which does not know these arguments
+                words = shlex.join(sys.argv[1:]) or "no arguments"
+                raise UserError(
+                    f"{py_script} cannot be imported: with {words} it ends itself "
+                    f"({one_line(error.code, 100)})"
+                ) from error
         except UserError:
             raise
         except Exception as error:
@@ -223,8 +234,12 @@ def load(py_script: str) -> Script:
 
 
 @contextmanager
-def _as_if_launched(path: Path) -> Iterator[None]:
-    """Give the script the folder and the arguments that it would have; run_worker does nothing."""
+def as_if_launched(py_script: str) -> Iterator[None]:
+    """Give a script the folder and the arguments that it would have; run_worker does nothing.
+
+    For its import, and for each call of one of its functions.
+    """
+    path = SCRIPTS / py_script
     arguments, was = sys.argv, settings.imported_by_another
     for folder in (str(SCRIPTS), str(path.parent)):
         if folder not in sys.path:

@@ -183,18 +183,19 @@ def run_script(main: Callable[[], int]) -> None:
     """
     if imported_by_another:
         return
+    status = 0
     try:
-        status = main()
+        try:
+            status = main()
+        except UserError as error:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            status = 2
+        except gpu.Unusable as unusable:
+            print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
+            status = unusable.status
         sys.stdout.flush()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        status = 2
-    except gpu.Unusable as unusable:
-        print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
-        status = unusable.status
     except BrokenPipeError:  # `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     if status in (gpu.BROKEN, gpu.NO_CAPTURE):
         # What PyTorch clears up at the end fails, too, and may abort: another status.
         sys.stdout.flush()

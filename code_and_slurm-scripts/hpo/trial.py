@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -33,6 +34,13 @@ from hpo.study.trials import best_trials
 from hpo.words import one_line
 
 Objective: TypeAlias = Callable[[optuna.Trial], Any]
+# What tells a process that it is one of several; each worker trains for itself.
+RANKS = (
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS"),
+    *("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NNODES"),
+    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_NODES", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+)
+
 log = logging.getLogger("hpo.worker")
 
 
@@ -66,6 +74,7 @@ def run_trial(
     except UpdateFinishedTrialError:  # this worker was frozen, and another one has taken over
         log.warning("trial %d is no longer this worker's: result dropped", trial.number)
         outcome = Outcome(TrialState.RUNNING)
+    checkpoint.release()
     free_memory()
     return outcome
 
@@ -172,6 +181,13 @@ def free_memory() -> None:
     gc.collect()
     gpu.healthy()
     gpu.check()
+
+
+def be_ordinary(rank: int) -> None:
+    """Hide from the objective that this process has a rank: it would wait for the others."""
+    os.environ["WORKER_RANK"] = str(rank)
+    for name in RANKS:
+        os.environ.pop(name, None)
 
 
 def let_several_objectives_report(trial: optuna.Trial) -> None:

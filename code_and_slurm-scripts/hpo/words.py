@@ -41,6 +41,11 @@ def one_line(text: object, most: int = 500) -> str:
     return lines[0][:most] if lines else ""
 
 
+def cut(text: str, most: int = 100) -> str:
+    """Return a text of at most `most` characters; the sign … says that there is more."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def plain(value: Any) -> Any:
     """Return NumPy's numbers and arrays, and tensors, as numbers and lists; others as they are."""
     if hasattr(value, "tolist"):

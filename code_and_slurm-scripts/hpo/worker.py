@@ -24,7 +24,6 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
-import os
 import sys
 import time
 import warnings
@@ -52,18 +51,18 @@ from hpo.study.served import ServedStorage
 from hpo.study.storage import NoTrialLeft, SQLiteStorage
 from hpo.study.trials import best_trials, count, same_reason, without_best
 from hpo.study.upkeep import Upkeep
-from hpo.trial import Objective, Outcome, let_several_objectives_report, run_trial
+from hpo.trial import (
+    Objective,
+    Outcome,
+    be_ordinary,
+    let_several_objectives_report,
+    run_trial,
+)
 from hpo.words import parameters, shown, values
 
 SAME_FAILURES = 3, 6  # in a row, before and after a success: then it is not the parameters
 POLL_SECONDS = 0.05, 1.0  # at first and at most, while other workers run the last trials
 STOPS = "stops_study"  # user attribute of a trial that called study.stop()
-# What tells a process that it is one of several; each worker trains for itself.
-RANKS = (
-    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS"),
-    *("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NNODES"),
-    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_NODES", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
-)
 
 log = logging.getLogger("hpo.worker")
 script.take_arguments()  # now, before the script looks at them
@@ -91,7 +90,7 @@ def run_worker(objective: Objective) -> int:
             f"unknown: {' '.join(asked)} (there is --check; what follows -- is the script's own)"
         )
     _log_to_stdout(settings)
-    _be_ordinary(settings)
+    be_ordinary(settings.rank)
     check_objectives(settings)
     script.check_needs(settings.py_script)
     check_search(settings)
@@ -110,13 +109,6 @@ def run_worker(objective: Objective) -> int:
     except (SiteFault, StorageInternalError) as error:
         log.error("%s", error)
         return SITE_FAULT
-
-
-def _be_ordinary(settings: Settings) -> None:
-    """Hide from the objective that this process has a rank: it would wait for the others."""
-    os.environ["WORKER_RANK"] = str(settings.rank)
-    for name in RANKS:
-        os.environ.pop(name, None)
 
 
 def _prepare(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:

@@ -141,7 +141,9 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     # In a fresh clone the images are packed, and the guide's loop does not unpack them.
     subprocess.run(
-        [sys.executable, "-c", "from hpo import mnist; mnist.prepare()"], cwd=SCRIPTS, check=True
+        [sys.executable, "-c", "from hpo.train import mnist; mnist.prepare()"],
+        cwd=SCRIPTS,
+        check=True,
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SCRIPTS}:{HERE}"}
     with tempfile.TemporaryDirectory() as name:

@@ -24,7 +24,8 @@ sys.path.insert(0, str(SCRIPTS))
 
 import optuna  # noqa: E402
 
-from hpo.settings import PRUNERS, SAMPLERS  # noqa: E402
+from hpo import packages  # noqa: E402
+from hpo.settings import PRUNERS, SAMPLERS, run_script  # noqa: E402
 
 WORKERS = int(os.environ.get("WORKERS", "2"))
 TRIALS = os.environ.get("TRIALS", "24")
@@ -68,5 +69,12 @@ def row(sampler: str, pruner: str) -> str:
     return ROW.format(sampler, pruner, len(trials), pruned, distinct, epochs, best, seconds)
 
 
-if __name__ == "__main__":
+def checked() -> int:
+    """Run the benchmark if all that it needs is there; return the exit status."""
+    packages.need("This benchmark", "cmaes", "scipy", "torch")
     main()
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(checked)

@@ -39,6 +39,8 @@ from storage_engines import (
 import optuna  # isort: skip
 import sqlalchemy  # isort: skip
 from storage_helpers import fork, kill  # isort: skip
+from hpo import packages  # isort: skip
+from hpo.settings import UserError, run_script  # isort: skip
 
 ROUNDS = 3
 
@@ -214,7 +216,17 @@ PARTS: dict[str, Callable[[], None]] = {
     "quality": storage_quality.main,
 }
 
-if __name__ == "__main__":
+
+def main() -> int:
+    """Run the parts that are named, or all; return the exit status."""
+    packages.need("This benchmark", "grpcio", "protobuf", "cmaes", "scipy")
     for name in sys.argv[1:] or PARTS:
+        if name not in PARTS:
+            raise UserError(f"{name!r} is no part; there are: {', '.join(PARTS)}")
         commit_time()
         PARTS[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "code_and_slurm-scripts"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "code_and_slurm-scripts"), str(ROOT / "tests" / "helpers")]
 
 import optuna  # noqa: E402
 from optuna.samplers import BaseSampler  # noqa: E402

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "code_and_slurm-scripts"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "code_and_slurm-scripts"), str(ROOT / "tests" / "helpers")]
 
 from storage_storm import (  # noqa: E402
     KILLS,

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "code_and_slurm-scripts"
-sys.path[:0] = [str(SCRIPTS.parent / "tests")]
+sys.path[:0] = [str(SCRIPTS.parent / "tests" / "helpers")]
 
 from training import machine  # noqa: E402
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "code_and_slurm-scripts"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "code_and_slurm-scripts"), str(ROOT / "tests" / "helpers")]
 
 from training import machine  # noqa: E402
 from training_arms import GuideNet, eager, our_trainer  # noqa: E402

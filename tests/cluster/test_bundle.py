@@ -205,11 +205,13 @@ def test_guide(bundle: Bundle) -> None:
     assert preflight, bundle.log(job)
     bundle.record(Scenario("  … of which preflight", 4, "n1,n2", "", float(preflight[1])))
 
-    best = typed(readme_command("in_image python check_best_model.py"))
+    command = "in_image python check_best_model.py"
+    assert f"\n    {command}\n" in README
+    best = typed(command)
     shown = bundle.cluster.run("login", *best, options=["--cd", bundle.scripts]).stdout
     assert "\n12 of 12 trials" in shown, shown
-    assert re.search(r"^best_value +\d\.\d+", shown, re.MULTILINE), shown
-    assert re.search(r"^test accuracy +0\.\d+", shown, re.MULTILINE), shown
+    assert re.search(r"^best_value +\d", shown, re.MULTILINE), shown
+    assert re.search(r"^test accuracy +0", shown, re.MULTILINE), shown
 
     allowed = tuple(
         str(bundle.cluster.shared / folder.lstrip("/"))
@@ -347,7 +349,7 @@ def test_larger_model(bundle: Bundle) -> None:
     bundle.finish(single)
     bundle.done("optuna_t5.py: 2 nodes × 2 GPUs", [single], start, total=4)
     assert Counter(bundle.workers(single).values()) == {"n1": 2, "n2": 2}
-    assert re.search(r"^exact match +\d\.\d+", bundle.log(single), re.MULTILINE)
+    assert re.search(r"^exact match +\d", bundle.log(single), re.MULTILINE)
 
     start = time.monotonic()
     script = bundle.edit_header("Each trial on both GPUs")

@@ -42,7 +42,7 @@ from hpo.script import Script
 from hpo.search.objectives import check_objectives
 from hpo.search.pruners import check_search
 from hpo.settings import Settings, use
-from hpo.trial import Objective
+from hpo.trial import Objective, be_ordinary
 from hpo.words import duration, values
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell has it
@@ -54,7 +54,7 @@ def check_script(objective: Objective, me: Script, settings: Settings) -> int:
     Raises:
         UserError: a setting is wrong, or the search space cannot be used.
     """
-    _be_an_ordinary_process()
+    be_ordinary(settings.rank)
     check_objectives(settings)
     script.check_needs(settings.py_script)
     check_search(settings)
@@ -95,14 +95,6 @@ def _without_gpu(error: gpu.Unusable) -> int:
         os.environ[gpu.NO_CUDA_GRAPHS] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     return 1
-
-
-def _be_an_ordinary_process() -> None:
-    """Hide from the objective that this process has a rank in Slurm, as a worker does."""
-    from hpo.worker import RANKS
-
-    for name in RANKS:
-        os.environ.pop(name, None)
 
 
 def _be_quiet() -> None:

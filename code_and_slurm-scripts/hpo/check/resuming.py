@@ -93,6 +93,11 @@ def _judged(bench: Bench, whole: Outcome, first: Outcome, rest: Outcome) -> Row:
     if not rest.reports and len(steps) > done:
         return "MEND", f"an interrupted trial did not go on {rest.reason}".rstrip()
     went_on = f"interrupted after epoch {done} it went on at epoch {done + 1}"
+    if rest.reports and rest.reports[0][0] in steps[done + 1 :] and _ends_alike(whole, rest):
+        return "look", (
+            f"{went_on}, to the same value, but step {steps[done]} was not reported: did it end "
+            "while the trial was being stopped?"
+        )
     if rest.reports and rest.reports[0][0] not in steps[1 : done + 1]:
         return "MEND", f"{went_on}, but reported step {rest.reports[0][0]} instead of {steps[done]}"
     lost = _lost(whole, first, rest)
@@ -108,6 +113,13 @@ def _judged(bench: Bench, whole: Outcome, first: Outcome, rest: Outcome) -> Row:
     if any(lost.values()) and not (whole.ended and _has_all_epochs(bench, whole)):
         return "MEND", f"{give} ({len(whole.reports)} epochs are the same all the same)"
     return "look", f"{same}; but {give}, if it matters"
+
+
+def _ends_alike(whole: Outcome, rest: Outcome) -> bool:
+    """Whether all that was reported, and the value, are those of the uninterrupted trial."""
+    known = dict(whole.reports)
+    alike = all(known.get(step) == value for step, value in rest.reports)
+    return alike and whole.ended and rest.value == whole.value
 
 
 def _has_all_epochs(bench: Bench, whole: Outcome) -> bool:

@@ -22,7 +22,7 @@ check_settings() {
     if [[ $STUDY_DB == sqlite:///[!/]* ]]; then # absolute: the workers may stand elsewhere
         STUDY_DB=sqlite:///$scripts/${STUDY_DB#sqlite:///}
     fi
-    export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}" # a task per GPU; each starts so many workers
+    export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}"        # a task per GPU; each starts so many workers
     export PYTHONPATH=$scripts${PYTHONPATH:+:$PYTHONPATH} # hpo, for a script in a subfolder
     export CONTAINER PY_SCRIPT STUDY_DB STUDY_NAME TOTAL_TRIALS SAMPLER PRUNER
     "${in_container[@]}" python -m hpo.packages ||

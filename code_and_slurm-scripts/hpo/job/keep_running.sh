@@ -5,8 +5,8 @@
 # A worker that ends by itself (status 0, 1, 2, 75) is not started again.  One that dies is, at most
 # three times in a row: killed by a signal, crashed in a library, gone in the middle of a trial,
 # whatever its status, or failed by its GPU (70, hpo/gpu.py).  Its trial goes back to the queue at
-# once.  A worker that had lived for ten minutes starts a new row.  Status 71 is no death: the next
-# one shall record no CUDA graph.  A signal is passed on to the worker.
+# once.  A worker that had finished a trial, or lived for ten minutes, starts a new row.  Status 71
+# is no death: the next one shall record no CUDA graph.  A signal is passed on to the worker.
 set -uo pipefail
 
 NO_CAPTURE=71 # hpo/gpu.py
@@ -37,20 +37,20 @@ while ((! stopping)); do
         status=$?
     done
     worker=
-    how=()
+    how=crashed
     if ((stopping)); then
-        how=(ended)
+        how=ended
     fi
-    returned=0
-    "$@" -m hpo.job.return_trials "$WORKER_TOKEN" "${how[@]}" || returned=$?
-    if ((stopping)) || { ((returned != 10)) && [[ $status =~ ^(0|1|2|75)$ ]]; }; then
+    returned=0 # 10: it has left a trial; 11: and had finished others before
+    "$@" -m hpo.job.return_trials "$WORKER_TOKEN" "$how" $((SECONDS - began)) || returned=$?
+    if ((stopping)) || { [[ ! $returned =~ ^1[01]$ ]] && [[ $status =~ ^(0|1|2|75)$ ]]; }; then
         exit "$status"
     fi
     if ((status == NO_CAPTURE)) && [[ -z ${NO_CUDA_GRAPHS:-} ]]; then
         export NO_CUDA_GRAPHS=1
         continue
     fi
-    if ((SECONDS - began > 600)); then
+    if ((SECONDS - began > 600 || returned == 11)); then
         deaths=0
     fi
     deaths=$((deaths + 1))

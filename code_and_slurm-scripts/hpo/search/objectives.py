@@ -26,7 +26,8 @@ def check_objectives(settings: Settings) -> None:
         if name not in known:
             offer = f"offers {', '.join(known)}" if known else "declares none (OBJECTIVES = (…))"
             raise UserError(f"OBJECTIVES: {name!r} is unknown; {settings.py_script} {offer}")
-    together = defines(settings.py_script, "ddp") or defines(settings.py_script, "together")
+    knows = ("ddp", "together", "Command")  # a program gets all GPUs of its worker
+    together = any(defines(settings.py_script, name) for name in knows)
     if settings.gpus_per_trial > 1 and not together:
         raise UserError(
             f"GPUS_PER_TRIAL: {settings.py_script} trains on one GPU (it imports no ddp; see "

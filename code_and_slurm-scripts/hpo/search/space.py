@@ -39,7 +39,7 @@ def explore(search_space: SearchSpace) -> Space:
     Raises:
         UserError: search_space fails, or a parameter's choices cannot be kept in a study.
     """
-    study = optuna.create_study()
+    study = _study()
     space: Space = {}
     seen: set[tuple[int, ...]] = {()}
     paths: list[list[int]] = [[]]
@@ -84,7 +84,7 @@ def combinations(search_space: SearchSpace, sampler: str) -> list[dict[str, Any]
         UserError: a parameter is continuous, there are too many, or a grid has branches.
     """
     found = []
-    study = optuna.create_study()
+    study = _study()
     path: list[int] | None = []
     while path is not None:
         notes = _Notes(path, study)
@@ -104,6 +104,16 @@ def combinations(search_space: SearchSpace, sampler: str) -> list[dict[str, Any]
         raise UserError(f"SAMPLER={sampler}: search_space refuses every combination")
     random.Random(0).shuffle(found)  # a study that is stopped half-way has seen a bit of all
     return found
+
+
+def _study() -> optuna.Study:
+    """Return a study in memory, of which Optuna says nothing."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study()
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 class _Notes(FixedTrial):

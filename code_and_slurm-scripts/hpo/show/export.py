@@ -3,36 +3,57 @@
     python check_best_model.py --export DIR     weights, configuration, scores, code
     python check_best_model.py --retrain 5      five seeds on all images: mean ± deviation
 
-An exported folder needs torch and Optuna (which its script imports), and nothing else of this
-machine:
+An exported folder needs the packages of its requirements.txt (torch, Optuna, and what the script
+imports), and nothing else of this machine:
 
     weights.pt       the state_dict                     config.json    what search_space returned
     metrics.json     the trial's value, test scores     versions.json  Python, torch, Optuna, study
-    code/            the study's script and hpo/        load_model.py  python load_model.py
+    code/            the script, its modules, hpo/      load_model.py  python load_model.py
+    requirements.txt what pip installs for it
+
+Before it has its name, it is loaded once in another Python process, in another folder.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
-from dataclasses import replace
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from hpo.checkpoint import weights_path
-from hpo.script import Script, load
-from hpo.settings import SCRIPTS, Settings, UserError, use
-from hpo.study.trials import best_trials, complete, without_best
-from hpo.words import one_line, plain, shown, to_json
+from hpo.script import Script
+from hpo.settings import Settings, UserError
+from hpo.show.code import copy_code, requirements
+from hpo.show.results import (
+    asked,
+    configuration,
+    is_number,
+    load_script,
+    load_weights,
+    scores,
+    shown_score,
+)
+from hpo.words import cut, one_line, plain, shown, to_json
 
-LOAD_MODEL = '''"""Load the exported model.  python load_model.py"""
+LOAD_MODEL = '''"""Load the exported model.
 
-import importlib.util
+    python load_model.py            prints it
+    from load_model import model    in a program beside this file
+
+It needs Python {python} or one like it, and: pip install -r requirements.txt
+"""
+
 import json
 import sys
 from pathlib import Path
@@ -41,11 +62,16 @@ import torch
 
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here / "code"))
-spec = importlib.util.spec_from_file_location("exported_script", here / "code" / {script!r})
-script = sys.modules["exported_script"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
 
-model = script.build_model(json.loads((here / "config.json").read_text()))
+from hpo.script import as_if_launched, load
+from hpo.settings import DEFAULTS, Settings
+
+# The settings of the study, whatever the environment says here.
+Settings.from_env(**{{**DEFAULTS, **{given!r}}})
+script = load({script!r})  # runs no trial
+config = json.loads((here / "config.json").read_text(encoding="utf-8"))
+with as_if_launched(script.py_script):
+    model = script.need("build_model", "load_model.py")(config)
 model.load_state_dict(torch.load(here / "weights.pt", map_location="cpu", weights_only=True))
 model.eval()
 
@@ -55,120 +81,131 @@ if __name__ == "__main__":
 '''
 
 
-def chosen_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
-    """Return trial `number`, or the best one.
+class ExportFailed(Exception):
+    """The folder was complete, but could not be written to its end, or does not load."""
+
+
+def export(study: optuna.Study, settings: Settings, trial: FrozenTrial, folder: Path) -> str:
+    """Write the model of a trial into a new folder, whole or not at all; return what was tried.
 
     Raises:
-        UserError: there is no such complete trial, or several are best and none was chosen.
+        UserError: the folder exists or cannot be made, or something is missing.
+        ExportFailed: the disk is full, or the model cannot be loaded.
     """
-    known = {trial.number: trial for trial in complete(study)}
-    if number is not None:
-        if number not in known:
-            raise UserError(f"--trial {number}: there is no complete trial of that number")
-        return known[number]
-    best = best_trials(study)
-    if not best:
-        raise UserError(f"study {study.study_name!r}: {without_best(study)}")
-    if len(study.directions) > 1:
-        front = ", ".join(str(trial.number) for trial in best)
-        raise UserError(f"several objectives: choose a trial with --trial, of the front {front}")
-    return best[0]
+    with _new_folder(folder) as temporary:
+        script = load_script(study, settings)
+        script.need("build_model", "--export")
+        config = configuration(script, study, trial)
+        weights = load_weights(settings, trial.number)
+        files = {
+            "config.json": _as_json(config),
+            "metrics.json": to_json(_metrics(script, trial, config, weights), indent=2),
+            "versions.json": to_json(_versions(study, trial), indent=2),
+        }
+        asked(script, "build_model", config)  # it may import more
+        try:
+            placed = copy_code(script.py_script, temporary / "code")
+            _write(temporary, files, placed, weights)
+            said = _loaded_once(temporary)
+            os.rename(temporary, folder)
+        except (OSError, RuntimeError) as error:  # the latter is torch's word for a full disk
+            raise ExportFailed(f"--export: {folder}: {one_line(error)}") from error
+    return said
 
 
-def load_script(study: optuna.Study, settings: Settings) -> Script:
-    """Import the study's script, which sees the study's own settings.
-
-    Raises:
-        UserError: the script, a package that it needs, or its DATA is missing.
-    """
-    remembered = study.user_attrs
-    inputs = remembered.get("inputs", {})
-    data = SCRIPTS / inputs["DATA"] if "DATA" in inputs else settings.data
-    if data and not data.is_file():
-        raise UserError(f"DATA: there is no file {data}")
-    use(
-        replace(
-            settings,
-            # Its search space takes the form that the study's sampler needs.
-            sampler=str(remembered.get("sampler", settings.sampler)),
-            small=inputs.get("SMALL", "0") == "1" or settings.small,
-            data=data,
-            train_images=int(inputs.get("TRAIN_IMAGES", settings.train_images)),
-            script_args=tuple(remembered.get("script_args", settings.script_args)),
-        )
-    )
-    return load(str(remembered.get("py_script", settings.py_script)))
-
-
-def configuration(script: Script, trial: FrozenTrial) -> Any:
-    """Return what search_space gives for the parameters of a trial.
-
-    Raises:
-        UserError: the script has none, or has been changed since.
-    """
-    search_space = script.need("search_space", "the configuration of a trial")
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside `folder`, which goes at the end unless it has been renamed."""
+    parent = folder.absolute().parent
+    temporary = parent / f".export-{os.getpid()}.tmp"
     try:
-        return search_space(trial)
-    except (ValueError, KeyError, AttributeError) as error:
+        if os.path.lexists(folder):
+            raise UserError(f"--export: {folder} exists already; name a new folder")
+        if not parent.is_dir():
+            raise UserError(f"--export: {parent} does not exist; create it first")
+        (parent / folder.name).mkdir()  # now: before anything is computed
+        (parent / folder.name).rmdir()
+        temporary.mkdir()
+    except OSError as error:
+        why = error.strerror
+        raise UserError(f"--export: {cut(str(folder))} cannot be written: {why}") from error
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _as_json(config: Any) -> str:
+    """Return a configuration as JSON. Raises UserError if it could not be read back."""
+
+    def default(value: Any) -> Any:
+        found = plain(value)
+        if found is value:
+            raise TypeError(one_line(repr(value), 60))
+        return found
+
+    try:
+        return json.dumps(config, default=default, indent=2)
+    except (TypeError, ValueError) as error:
         raise UserError(
-            f"{script.py_script} no longer fits trial {trial.number}: {one_line(error)}; "
-            "was search_space edited since?"
+            f"--export: search_space returns what config.json cannot hold: {one_line(error)}; "
+            "let it return a word, and look up in build_model what that stands for"
         ) from error
 
 
-def load_weights(settings: Settings, number: int) -> dict[str, Any]:
-    """Return the state_dict of a trial, on the CPU.
-
-    Raises:
-        UserError: the file is not there.
-    """
-    path = weights_path(settings, number)
-    if not path.exists():
-        raise UserError(f"the weights of trial {number} are not here ({path})")
-    import torch
-
-    weights: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return weights
-
-
-def export(study: optuna.Study, settings: Settings, trial: FrozenTrial, folder: Path) -> None:
-    """Write the model of a trial into a new folder, whole or not at all.
-
-    Raises:
-        UserError: the folder exists, or something is missing; nothing was written.
-    """
-    if folder.exists():
-        raise UserError(f"--export: {folder} exists already; name a new folder")
-    if not folder.absolute().parent.is_dir():
-        raise UserError(f"--export: {folder.absolute().parent} does not exist; create it first")
-    script = load_script(study, settings)
-    script.need("build_model", "--export")
-    weights, config = load_weights(settings, trial.number), configuration(script, trial)
-    import torch
-
-    files = {
-        "config.json": config,
-        "metrics.json": {
-            "trial": trial.number, "values": trial.values, **scores(script, config, weights)
-        },
-        "versions.json": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "optuna": optuna.__version__, "study": study.study_name, "params": trial.params,
-        },
-    }  # fmt: skip
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+def _metrics(
+    script: Script, trial: FrozenTrial, config: Any, weights: dict[str, Any]
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     try:
-        shutil.copytree(SCRIPTS / "hpo", temporary / "code" / "hpo",
-                        ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
-        (temporary / "code" / script.py_script).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(SCRIPTS / script.py_script, temporary / "code" / script.py_script)
-        torch.save(weights, temporary / "weights.pt")
-        for name, content in files.items():
-            (temporary / name).write_text(to_json(content, indent=2) + "\n")
-        (temporary / "load_model.py").write_text(LOAD_MODEL.format(script=script.py_script))
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        found = scores(script, config, weights)
+    except UserError as error:  # the model can be taken away all the same
+        print(f"metrics.json has no test score: {error}")
+    return {"trial": trial.number, "values": trial.values, **found}
+
+
+def _versions(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+    import torch
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__,
+        "optuna": optuna.__version__, "study": study.study_name, "params": trial.params,
+    }  # fmt: skip
+
+
+def _write(folder: Path, files: dict[str, str], script: str, weights: dict[str, Any]) -> None:
+    """Write all but the code; `script` is the path of the script from the folder code/."""
+    import torch
+
+    torch.save(weights, folder / "weights.pt")
+    for name, content in files.items():
+        (folder / name).write_text(content + "\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(requirements(folder / "code")) + "\n")
+    mine = Settings.from_env()  # those of the study, since load_script
+    given = {"SAMPLER": mine.sampler, "SMALL": str(int(mine.small))}
+    given |= {"TRAIN_IMAGES": str(mine.train_images), "SCRIPT_ARGS": shlex.join(mine.script_args)}
+    text = LOAD_MODEL.format(script=script, given=given, python=platform.python_version())
+    (folder / "load_model.py").write_text(text, encoding="utf-8")
+
+
+def _loaded_once(folder: Path) -> str:
+    """Load a folder in a fresh Python, elsewhere; return what it said. Raises ExportFailed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, str(folder / "load_model.py")],
+        cwd="/",
+        env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode == 0 and lines:
+        return lines[-1]
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    begins = [at for at, line in enumerate(said) if not line[0].isspace()]  # the traceback's end
+    why = " ".join(map(str.strip, said[begins[-1] :])) if begins else f"status {done.returncode}"
+    raise ExportFailed(f"--export: it does not load in a fresh Python: {cut(why, 300)}")
 
 
 def retrain(
@@ -176,32 +213,24 @@ def retrain(
 ) -> dict[str, list[float]]:
     """Train a trial's configuration with seeds 0 … seeds−1 on all images.
 
-    Returns each score of the test images, with one number per seed.
+    Returns each score of the test images that is a number, with one per seed.
 
     Raises:
         UserError: the study's script cannot do it.
     """
     script = load_script(study, settings)
-    train_final = script.need("train_final", "--retrain")
+    script.need("train_final", "--retrain")
     script.need("test_model", "--retrain")
-    config = configuration(script, trial)
+    config = configuration(script, study, trial)
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
-        for name, score in scores(script, config, train_final(config, seed)).items():
-            found.setdefault(name, []).append(score)
-        line = ", ".join(f"{name} {shown(numbers[-1])}" for name, numbers in found.items())
+        named = scores(script, config, asked(script, "train_final", config, seed))
+        for name, score in named.items():
+            if is_number(score):
+                found.setdefault(name, []).append(score)
+        line = ", ".join(f"{name} {shown_score(score)}" for name, score in named.items())
         print(f"seed {seed}: {line}", flush=True)
     return found
-
-
-def scores(script: Script, config: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    """Return what the script's test_model says, by name; nothing without one."""
-    test_model = script.offers("test_model")
-    if test_model is None:
-        return {}
-    found = test_model(config, weights)
-    named = found if isinstance(found, dict) else {"test score": found}
-    return {str(name): plain(score) for name, score in named.items()}
 
 
 def mean_and_deviation(values: list[float]) -> str:

@@ -18,7 +18,7 @@ from hpo.settings import Settings
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.storage import SQLiteStorage
 from hpo.study.trials import Counts, best_trials, count, fail_reasons, without_best
-from hpo.words import shown, values
+from hpo.words import cut, shown, values
 
 POLL_SECONDS = 2.0
 BAR = 40  # characters
@@ -94,5 +94,5 @@ def view(study: optuna.Study, counts: Counts, rate: float) -> str:
     if names := running(study):
         lines += ["", "running", *(f"  {name}" for name in names)]
     if reasons := fail_reasons(study.get_trials(deepcopy=False)):
-        lines += ["", "failed", *(f"  {number} × {reason}" for reason, number in reasons)]
+        lines += ["", "failed", *(f"  {number} × {cut(reason)}" for reason, number in reasons)]
     return "\n".join(lines)

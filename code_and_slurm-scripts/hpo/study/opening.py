@@ -1,7 +1,8 @@
 """STUDY_DB → an Optuna storage, and the one place where a study is created, opened and checked.
 
     study = create_or_open_study(settings)    init_optuna_db.py and the workers
-    study = open_study(settings)              check_best_model.py: never creates anything
+    study = open_study(settings)              check_best_model.py: never creates anything, and needs
+                                              no permission to write
 
 sqlite:/// is the bundle's own storage (storage.py); postgresql://, mysql://, journal:/// and
 grpc:// are Optuna's.  A study remembers which script's objective it belongs to (user attribute
@@ -10,8 +11,10 @@ grpc:// are Optuna's.  A study remembers which script's objective it belongs to 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -53,7 +56,11 @@ def open_study(settings: Settings) -> Study:
             not tested.
     """
     packages.check_optuna()
-    if settings.sqlite_path and not settings.sqlite_path.exists():
+    try:
+        missing = settings.sqlite_path and not settings.sqlite_path.exists()
+    except OSError as error:  # a folder that may not be read
+        raise UserError(f"{settings.sqlite_path} cannot be read: {error.strerror}") from error
+    if missing:
         raise UserError(
             f"there is no study yet: {settings.sqlite_path} does not exist; "
             "start workers first, or set STUDY_DB"
@@ -75,7 +82,8 @@ def open_storage(settings: Settings) -> BaseStorage:
     if settings.sqlite_path and (server := find_server(settings.sqlite_path)):
         return _served_storage(settings, server)
     if settings.sqlite_path:
-        return SQLiteStorage.of(settings, settings.sqlite_path, settings.worker)
+        path = settings.sqlite_path
+        return SQLiteStorage.of(settings, path, settings.worker, readonly=not _may_write(path))
     if scheme == "journal":
         from optuna.storages.journal import JournalFileBackend
 
@@ -102,7 +110,12 @@ def _served_storage(settings: Settings, server: Server) -> BaseStorage:
             f"has ended (if it has, delete {server_path(settings.sqlite_path)})"
         )
     print(f"(as of less than a minute ago: {server.host} owns the study, this is its backup)")
-    return SQLiteStorage(backup, worker="reader")
+    return SQLiteStorage(backup, worker="reader", readonly=not _may_write(backup))
+
+
+def _may_write(path: Path) -> bool:
+    """Whether a study can be changed; looking at it needs no more than to read the file."""
+    return os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
 
 
 @contextmanager

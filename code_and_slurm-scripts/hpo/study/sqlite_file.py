@@ -87,7 +87,9 @@ def explain(error: sqlite3.Error, path: str) -> Exception:
     if "full" in text or "disk I/O error" in text:
         return DiskFull(f"Cannot write {path}: disk full, over quota, or failing ({text}).")
     if "unable to open" in text or "readonly" in text:
-        return StudyFileError(f"Cannot write {path}: missing, not writable, or disk full ({text}).")
+        return StudyFileError(
+            f"Cannot open or write {path}: missing, no permission, or disk full ({text})."
+        )
     return StudyFileError(f"{path}: {text}") if type(error) is sqlite3.OperationalError else error
 
 
@@ -141,13 +143,17 @@ def _new_copy(source: sqlite3.Connection, target: str) -> Iterator[str]:
 class StudyFile:
     """One SQLite file and this process's connection to it; created if it does not exist.
 
-    `timeout` is in seconds: how long to wait for the lock. Safe with threads, fork and pickle.
+    `timeout` is in seconds: how long to wait for the lock. With `readonly` nothing is ever
+    written: for who may not. Safe with threads, fork and pickle.
     Raises CorruptStudy, StudyBusy, DiskFull or StudyFileError, all of them StudyFileError.
     """
 
-    def __init__(self, path: str | os.PathLike[str], timeout: float = 60.0) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], timeout: float = 60.0, readonly: bool = False
+    ) -> None:
         self.path = os.path.abspath(path)
-        self.timeout = timeout
+        self.timeout, self.readonly = timeout, readonly
+        self.has_leases = True
         self._connection: sqlite3.Connection | None = None
         self._pid = os.getpid()
         self._connections = self._writes = 0
@@ -168,7 +174,10 @@ class StudyFile:
             raise CorruptStudy(f"{self.path} is no Optuna study. It was left as it is.")
         if (version := self.read("SELECT version_num FROM alembic_version")) != [(SCHEMA,)]:
             raise StudyFileError(f"{self.path} is of another Optuna ({version}): not {SCHEMA}.")
-        if not {"leases", "lease_of_deleted_trial"} <= tables:  # a study that stock Optuna made
+        if {"leases", "lease_of_deleted_trial"} <= tables:
+            return
+        self.has_leases = not self.readonly
+        if not self.readonly:  # a study that stock Optuna made
             with self.write() as db:
                 for statement in LEASES:
                     db.execute(statement)
@@ -182,10 +191,12 @@ class StudyFile:
             self._pid = os.getpid()
             self._connections += 1
             self._connection = sqlite3.connect(
-                f"{Path(self.path).as_uri()}?mode=rw",  # never create a second, empty file
+                # Never create a second, empty file.
+                f"{Path(self.path).as_uri()}?mode={'ro' if self.readonly else 'rw'}",
                 uri=True, timeout=0, isolation_level=None, check_same_thread=False,
             )  # fmt: skip
-            for setting in ("journal_mode = PERSIST", "synchronous = FULL", "temp_store = MEMORY"):
+            settings = ("journal_mode = PERSIST", "synchronous = FULL", "temp_store = MEMORY")
+            for setting in settings[2:] if self.readonly else settings:
                 self._patiently(self._connection.execute, f"PRAGMA {setting}").fetchall()
         return self._connection
 

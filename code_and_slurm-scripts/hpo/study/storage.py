@@ -51,7 +51,7 @@ class SQLiteStorage(BaseStorage):
     trials the study ends with, None for no limit. `grace` is in seconds: a lease that has not
     moved for so long, on the observer's own clock, is stale. After `max_attempts` crashes, or
     returns without a new report, a trial is FAIL. `timeout` is in seconds: how long to wait for
-    the file's lock.
+    the file's lock. A `readonly` one is for who may look, but not write.
     Raises hpo.study.sqlite_file.StudyFileError (CorruptStudy, StudyBusy, DiskFull).
     """
 
@@ -66,8 +66,9 @@ class SQLiteStorage(BaseStorage):
         grace: float = 60.0,
         max_attempts: int = 3,
         timeout: float = 60.0,
+        readonly: bool = False,
     ) -> None:
-        self.file = StudyFile(path, timeout)
+        self.file = StudyFile(path, timeout, readonly)
         self.total_trials = total_trials
         self._worker = worker
         self._leases = Leases(worker, token, job_id, grace, max_attempts)
@@ -75,7 +76,9 @@ class SQLiteStorage(BaseStorage):
         self._forget()
 
     @classmethod
-    def of(cls, settings: Settings, path: Path, worker: str) -> SQLiteStorage:
+    def of(
+        cls, settings: Settings, path: Path, worker: str, readonly: bool = False
+    ) -> SQLiteStorage:
         """Return the storage of one worker of a job."""
         return cls(
             path,
@@ -85,6 +88,7 @@ class SQLiteStorage(BaseStorage):
             total_trials=settings.total_trials,
             grace=settings.lease_grace,
             max_attempts=settings.max_attempts,
+            readonly=readonly,
         )
 
     def _forget(self) -> None:

@@ -6,12 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.settings import Settings
+from hpo.words import one_line
+
+OURS = ("worker", "fail_reason", "stops_study")  # user attributes of a trial that are the bundle's
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,11 @@ def best_trials(study: optuna.Study, most: int | None = None) -> list[FrozenTria
     The first is Optuna's study.best_trial: a trial that breaks a constraint is never among them.
     """
     if len(study.directions) > 1:
-        return sorted(study.best_trials, key=lambda trial: trial.values)
+        signs = [-1 if d == StudyDirection.MAXIMIZE else 1 for d in study.directions]
+        return sorted(
+            study.best_trials,
+            key=lambda t: [sign * value for sign, value in zip(signs, t.values, strict=True)],
+        )
     sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
     feasible = [trial for trial in complete(study) if is_feasible(trial)]
     return sorted(feasible, key=lambda trial: (sign * trial.values[0], trial.number))[:most]
@@ -98,12 +106,17 @@ def without_best(study: optuna.Study) -> str:
     return "no trial is complete yet"
 
 
+def attributes(trial: FrozenTrial) -> dict[str, Any]:
+    """Return what an objective has noted itself (trial.set_user_attr)."""
+    return {name: value for name, value in trial.user_attrs.items() if name not in OURS}
+
+
 def fail_reasons(trials: Sequence[FrozenTrial]) -> list[tuple[str, int]]:
     """Return why trials failed, the most frequent reason first; numbers in it make no other one."""
     found: dict[str, list[str]] = {}
     for trial in trials:
         if trial.state == TrialState.FAIL:
-            reason = str(trial.user_attrs.get("fail_reason", "unknown"))
+            reason = one_line(trial.user_attrs.get("fail_reason", "")) or "unknown"
             found.setdefault(same_reason(reason), []).append(reason)
     grouped = [(reasons[0], len(reasons)) for reasons in found.values()]
     return sorted(grouped, key=lambda group: -group[1])

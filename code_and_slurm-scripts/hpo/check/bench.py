@@ -33,6 +33,7 @@ FEW = 1000  # TRAIN_IMAGES of a short trial: images, or whatever the script coun
 LEAST = 128  # the least that it may be
 EPOCH_SECONDS = 2.0  # that an epoch may take with FEW
 START_SECONDS = 15.0  # of the processes of a trial on several GPUs, which begin anew each time
+CHEAP_SECONDS = 1.0  # for one more epoch, here and after a resume
 EPOCHS = 4  # at least, if the trial has them: 1, and 3 after the interruption
 LONGER_SECONDS = 10.0  # for the same with more epochs
 REFUSALS = 20  # of an objective, until it is no longer tried with other values
@@ -60,6 +61,7 @@ class Bench:
         self.values = self.pick(0.0) or {}
         self.interrupted: ShortTrial  # after its first report, which `first` has
         self.first = Outcome()
+        self._reported: dict[int, float] = {}  # when the trial that runs to its end began to
         self.whole = Outcome()
         self.epochs_name = ""  # the parameter that is the number of epochs, once it is known
         self.read: set[str] = set()  # names that train_model has asked its config for
@@ -168,11 +170,18 @@ class Bench:
 
     def _go_on(self, reports: Reports) -> Do:
         """To its end, as long as there is time for the same again and for every parameter."""
-        if len(reports) < EPOCHS:
+        number, now = len(reports), time.monotonic()
+        begun = self._reported.setdefault(1, now)
+        if number < EPOCHS:
             return Do.GO_ON
-        spent = time.monotonic() - self.begun
-        each = max(spent / (len(reports) + 3), self.first.epoch / 2)
-        needed = each * (2 + len(reports) - 1 + len(self.space or self.first.params))
+        each, spent = (now - begun) / (number - 1), now - self.begun
+        if 2 * each < CHEAP_SECONDS and spent < SECONDS / 2:
+            return Do.GO_ON  # however long the start of a trial takes
+        configured = [*self.first.params.values(), *self.first.config.values()]
+        if any(type(value) is int and value == number for value in configured):
+            return Do.GO_ON  # presumably that was its last epoch, and it ends by itself
+        trials = 2 + len(self.space or self.first.params)
+        needed = each * (number + 1) + trials * self.first.first_report
         return Do.GO_ON if spent + needed < SECONDS else Do.STOP
 
     def _measure_noise(self) -> None:

@@ -23,6 +23,7 @@ from hpo.drain import Drain, Drained
 from hpo.loops.command import Command
 from hpo.settings import Settings, UserError
 from hpo.study.opening import create_or_open_study, open_study
+from hpo.train import mnist
 from hpo.trial import let_several_objectives_report, run_trial
 
 VALUE = r"value (\S+)"
@@ -114,6 +115,7 @@ def stop() -> bool:
 
 
 def test_unchanged_pytorch_script(study: optuna.Study) -> None:
+    mnist.prepare()  # torchvision takes no image that is still packed
     script = BUNDLE / "tests" / "plain_training" / "train.py"
     command = Command(
         f"python {script} --images 256 --lr {{lr}} --epochs {{epochs}}",

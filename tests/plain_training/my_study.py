@@ -8,9 +8,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
-from hpo import checkpoint
-from hpo.settings import Settings, run_script
-from hpo.worker import run_worker
+from hpo import Settings, checkpoint, run_script, run_worker
+from hpo.train.mnist import prepare  # noqa: F401  unpacks the data
 
 
 class Net(nn.Module):

@@ -4,6 +4,7 @@
     python init_optuna_db.py [STUDY_DB] [STUDY_NAME]
     python init_optuna_db.py sqlite:///study.db mnist_hpo
     python init_optuna_db.py --retry-failed     once the bug is mended: failed trials run again
+    python init_optuna_db.py --retry-stuck      where no lease says that their worker has died
 
 Both launch scripts call it.  What is not given comes from the environment (hpo/settings.py).
 You should see:
@@ -21,12 +22,14 @@ import argparse
 from hpo import packages, script
 from hpo.search.objectives import check_objectives
 from hpo.search.pruners import check_search
-from hpo.settings import Settings, run_script
-from hpo.study.opening import create_or_open_study
+from hpo.settings import Settings, UserError, run_script
+from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.served import forget_dead_server
 from hpo.study.storage import SQLiteStorage
 from hpo.study.trials import count
+from hpo.study.upkeep import LONGEST_SLEEP, return_stuck
+from hpo.words import hide_passwords
 
 
 def main() -> int:
@@ -51,11 +54,17 @@ def main() -> int:
         if options.retry_failed:
             numbers = storage.retry_failed(study_id(study))
             print(f"{len(numbers)} failed trials go back to the queue")
+    if options.retry_stuck:
+        seconds = max(settings.lease_grace, 3 * LONGEST_SLEEP)
+        print(f"looking for a sign of life, {seconds:.0f} s …", flush=True)
+        print(f"{len(return_stuck(study, seconds))} stuck trials go back to the queue")
     counts = count(study, settings)
     print(
-        f"study {study.study_name} is ready in {settings.study_db} "
+        f"study {study.study_name} is ready in {settings.shown_db} "
         f"({counts.total - counts.left + counts.running + counts.waiting} of {counts.total} trials)"
     )
+    if text := stuck(study, counts):
+        print(text)
     return 0
 
 
@@ -70,7 +79,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--retry-failed", action="store_true", help="put the failed trials back into the queue"
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--retry-stuck",
+        action="store_true",
+        help="put the running trials back that show no sign of life for a while",
+    )
+    options = parser.parse_args()
+    if options.study_db and hide_passwords(options.study_db) != options.study_db:
+        raise UserError(
+            "everybody sees the password in the list of processes: set it in the environment, "
+            "STUDY_DB=…, in place of an argument"
+        )
+    return options
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from hpo import gpu, values
 from hpo.values import UserError
+from hpo.words import hide_passwords
 
 __all__ = ["SCRIPTS", "Settings", "UserError", "run_script", "use"]
 
@@ -127,6 +127,11 @@ class Settings:
         return None
 
     @property
+    def shown_db(self) -> str:
+        """The URL of the study, as it may be shown: without a password."""
+        return hide_passwords(self.study_db)
+
+    @property
     def beside(self) -> Path:
         """The folder of study.db: reports, checkpoints and the preflight's notes lie there."""
         return self.sqlite_path.parent if self.sqlite_path else SCRIPTS
@@ -188,7 +193,8 @@ def run_script(main: Callable[[], int]) -> None:
         try:
             status = main()
         except UserError as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            text = hide_passwords(error)  # a driver may say to what it could not connect
+            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
             status = 2
         except gpu.Unusable as unusable:
             print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
@@ -268,13 +274,17 @@ def _py_script(text: str) -> str:
 
 
 def _study_url(text: str) -> str:
-    scheme = urlsplit(text).scheme.split("+")[0]
+    scheme, _, rest = text.partition("://")
+    scheme = scheme.split("+")[0]
     if text.startswith(SQLITE_PREFIX) and len(text) > len(SQLITE_PREFIX):
         # Relative paths start at the scripts' folder, not at the cwd; an absolute right-hand side
         # replaces SCRIPTS.
         path = values.database_file(text, SCRIPTS / text[len(SQLITE_PREFIX) :])
         return f"{SQLITE_PREFIX}{path}"
-    if scheme in SERVER_URLS and "://" in text:
+    if scheme in SERVER_URLS and rest:
+        login = rest.split("?")[0].rpartition("@")[0]
+        if "@" in login or " " in login:  # drivers read it in different ways
+            raise UserError("STUDY_DB: write %40 for an @ and %20 for a blank in the password")
         return text
     raise UserError(
         f"STUDY_DB={text!r} is no URL that can be used here; "
@@ -291,11 +301,11 @@ def print_table() -> int:
     Settings.from_env()
     if sys.argv[1:] == ["given"]:
         set_to = {name: os.environ.get(name) or default for name, default in DEFAULTS.items()}
-        words = [f"{n}={shlex.quote(v)}" for n, v in set_to.items() if v != DEFAULTS[n]]
-        print(" ".join(words))
+        shown = {n: hide_passwords(v) for n, v in set_to.items() if v != DEFAULTS[n]}
+        print(" ".join(f"{name}={shlex.quote(value)}" for name, value in shown.items()))
         return 0
     for variable in VARIABLES:
-        value = os.environ.get(variable.name) or variable.default or "-"
+        value = hide_passwords(os.environ.get(variable.name) or variable.default or "-")
         print(f"{variable.name:16} {value:20} {variable.says}")
     return 0
 

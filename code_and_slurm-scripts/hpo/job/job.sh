@@ -3,7 +3,7 @@
 # Uses its USER CONFIG and $scripts, the folder with the scripts.  Sets $status, srun's exit status.
 
 status=0
-server=      # pid of the process that serves the study, where locks do not hold
+server=      # pid of what keeps the study served, where locks do not hold
 before=(0 0) # finished and missing trials when the job started
 in_container=(apptainer exec --nv --bind "/tmpdir,/work" "$CONTAINER")
 
@@ -73,8 +73,10 @@ check_nodes() {
 # One process on this node owns study.db; the workers reach it over the network.
 serve_study() {
     echo "Locks do not hold between the nodes: one process on $(hostname) serves the study."
-    "${in_container[@]}" python -m hpo.study.server \
-        $((tasks * WORKERS_PER_GPU)) >>"$logs/$SLURM_JOB_ID.server.out" 2>&1 &
+    local hosts
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    bash hpo/job/keep_serving.sh "$logs/$SLURM_JOB_ID.server.out" "${in_container[@]}" \
+        python -m hpo.study.server $((tasks * WORKERS_PER_GPU)) "${hosts[@]}" &
     server=$!
     local file=${STUDY_DB#sqlite:///}.server seconds
     for ((seconds = 0; seconds < 60; seconds++)); do
@@ -106,7 +108,9 @@ run_workers() {
         echo "    tail -n 20 $logs/$SLURM_JOB_ID.*.out" >&2
     fi
     if [[ -n $server ]]; then
-        kill -TERM "$server" && wait "$server" || echo "the server ended with status $?" >&2
+        kill -TERM "$server" 2>/dev/null || true # it may have given up
+        wait "$server" || echo "the server ended with status $?" >&2
+        rm -f "${STUDY_DB#sqlite:///}.server" # no worker is left that could open study.db itself
     fi
 }
 

@@ -20,6 +20,7 @@ import copy
 import os
 import sqlite3
 from collections.abc import Collection, Container, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ class SQLiteStorage(BaseStorage):
     def return_held(self) -> None:
         """Give all of this worker's trials back: its sampler has failed before they began."""
         for number in self._held.ids():
-            self.return_trial(number, excused=True)
+            with suppress(LeaseLost):
+                self.return_trial(number, excused=True)
 
     def return_stale_trials(
         self, study_id: int, *, alive_jobs: Collection[str] | None = None

@@ -271,10 +271,10 @@ def test_another_user_s_server_is_not_ours(
 
     read_text = Path.read_text
 
-    def read(path: Path) -> str:
+    def read(path: Path, *options: Any, **more: Any) -> str:
         if path.suffix == ".server":
             raise PermissionError
-        return read_text(path)
+        return read_text(path, *options, **more)
 
     monkeypatch.setattr(Path, "read_text", read)
     served.forget_dead_server(Settings.from_env(SLURM_JOB_ID="78", ALIVE_JOBS="78"))

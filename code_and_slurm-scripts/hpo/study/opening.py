@@ -128,6 +128,8 @@ def _stock_storage(settings: Settings) -> BaseStorage:
     if path := _journal_path(settings):
         from optuna.storages.journal import JournalFileBackend
 
+        if path.is_file() and path.open("rb").readline(1) not in (b"", b"{"):
+            raise UserError(f"{path} is no journal of Optuna's. It was left as it is.")
         return JournalStorage(JournalFileBackend(str(path)))
     scheme, _, rest = settings.study_db.partition("://")
     if scheme == "grpc":

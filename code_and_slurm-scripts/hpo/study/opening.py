@@ -128,8 +128,10 @@ def _stock_storage(settings: Settings) -> BaseStorage:
     if path := _journal_path(settings):
         from optuna.storages.journal import JournalFileBackend
 
-        if path.is_file() and path.open("rb").readline(1) not in (b"", b"{"):
-            raise UserError(f"{path} is no journal of Optuna's. It was left as it is.")
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(1) not in (b"", b"{"):
+                    raise UserError(f"{path} is no journal of Optuna's. It was left as it is.")
         return JournalStorage(JournalFileBackend(str(path)))
     scheme, _, rest = settings.study_db.partition("://")
     if scheme == "grpc":

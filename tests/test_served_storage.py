@@ -87,7 +87,8 @@ def server_of(keeper: subprocess.Popen[str]) -> int:
 def start(rank: int, **env: str) -> subprocess.Popen[str]:
     """Start one worker of job 77."""
     return subprocess.Popen(
-        [sys.executable, str(OBJECTIVE)],
+        ["bash", "hpo/job/keep_running.sh", str(OBJECTIVE), sys.executable],
+        cwd=SCRIPTS,
         env={**os.environ, "SLURM_PROCID": str(rank), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -103,9 +104,15 @@ def storage(rank: int = 0) -> ServedStorage:
     return found
 
 
-def test_workers_outlive_their_server(keeper: subprocess.Popen[str], own_study: Path) -> None:
-    """It stands still, is killed, and is started again: each trial ends once, nobody notices."""
-    workers = [start(rank, BEHAVIOUR="slow") for rank in range(WORKERS)]
+def test_workers_outlive_their_server(
+    keeper: subprocess.Popen[str], own_study: Path, tmp_path: Path
+) -> None:
+    """It stands still, is killed, and is started again: each trial ends once, nobody notices.
+
+    One worker has left its first trial, with status 0: it is started again, too.
+    """
+    workers = [start(rank, BEHAVIOUR="slow") for rank in range(1, WORKERS)]
+    workers.append(start(0, BEHAVIOUR="leave once", LEFT=str(tmp_path / "left")))
     here = storage()
     before = find_server(own_study)
 
@@ -122,6 +129,7 @@ def test_workers_outlive_their_server(keeper: subprocess.Popen[str], own_study: 
     assert [worker.returncode for worker in workers] == [0] * WORKERS, output
     assert all("complete" in text for text in output)
     assert not any("no longer this worker's" in text for text in output), output
+    assert "back to the queue\nthe worker died with status 0: starting it again" in output[-1]
     assert server_of(keeper) != killed
     assert find_server(own_study) == before
     keeper.send_signal(signal.SIGTERM)

@@ -32,6 +32,7 @@ from hpo.trial import Outcome, _give_back
 
 OBJECTIVE = HELPERS / "objective_for_tests.py"
 WORKERS = 3
+started: list[subprocess.Popen[str]] = []  # workers
 JOB = {
     "SLURM_JOB_ID": "77",
     "TOTAL_TRIALS": "12",
@@ -73,6 +74,9 @@ def keeper(
     if server:
         os.kill(server, signal.SIGKILL)  # it would wait for the trials that the test has left
     process.communicate()
+    for worker in (each for each in started if each.poll() is None):  # a test has failed
+        os.killpg(worker.pid, signal.SIGKILL)  # it would wait for the server
+    started.clear()
 
 
 def server_of(keeper: subprocess.Popen[str]) -> int:
@@ -86,14 +90,17 @@ def server_of(keeper: subprocess.Popen[str]) -> int:
 
 def start(rank: int, **env: str) -> subprocess.Popen[str]:
     """Start one worker of job 77."""
-    return subprocess.Popen(
+    worker = subprocess.Popen(
         ["bash", "hpo/job/keep_running.sh", str(OBJECTIVE), sys.executable],
         cwd=SCRIPTS,
         env={**os.environ, "SLURM_PROCID": str(rank), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
+    started.append(worker)
+    return worker
 
 
 def storage(rank: int = 0) -> ServedStorage:

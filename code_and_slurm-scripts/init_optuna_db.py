@@ -53,7 +53,7 @@ def main() -> int:
             print(f"{len(numbers)} failed trials go back to the queue")
     counts = count(study, settings)
     print(
-        f"study {study.study_name} is ready in {settings.study_db} "
+        f"study {study.study_name} is ready in {settings.shown_db} "
         f"({counts.total - counts.left + counts.running + counts.waiting} of {counts.total} trials)"
     )
     return 0

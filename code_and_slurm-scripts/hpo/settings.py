@@ -31,7 +31,8 @@ __all__ = ["SCRIPTS", "Settings", "UserError", "run_script", "use"]
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # code_and_slurm-scripts/
 SQLITE_PREFIX = "sqlite:///"
-SERVER_URLS = ("postgresql", "mysql", "journal", "grpc")  # besides sqlite; see hpo/study/opening.py
+# Besides sqlite; see hpo/study/opening.py.
+SERVER_URLS = ("postgresql", "postgres", "mysql", "journal", "grpc")
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "bruteforce", "nsgaii", "gp", "qmc")
 PRUNERS = ("median", "percentile", "halving", "hyperband", "wilcoxon", "none")
 DIRECTIONS = ("minimize", "maximize")
@@ -127,13 +128,33 @@ class Settings:
         return None
 
     @property
+    def postgresql_url(self) -> str:
+        """The URL of a PostgreSQL study, for its driver, with the password; "" for any other."""
+        return self.study_db if self.study_db.startswith("postgresql:") else ""
+
+    @property
+    def shown_db(self) -> str:
+        """STUDY_DB as it may be shown to people: without a password."""
+        return values.without_password(self.study_db)
+
+    @property
+    def database(self) -> str:
+        """The name of the database among files: study.db, or one that is a server's alone."""
+        return self.sqlite_path.name if self.sqlite_path else values.server_name(self.study_db)
+
+    @property
     def beside(self) -> Path:
         """The folder of study.db: reports, checkpoints and the preflight's notes lie there."""
         return self.sqlite_path.parent if self.sqlite_path else SCRIPTS
 
     @property
     def backup_path(self) -> Path | None:
-        """Where the copy of an SQLite study is kept while workers run, beside study.db."""
+        """Where the copy of the study is kept while workers run: beside study.db, or the scripts.
+
+        An SQLite file either way.  None where the storage is Optuna's own.
+        """
+        if self.postgresql_url:
+            return SCRIPTS / f"{self.database}.{self.study_name}.backup"
         path = self.sqlite_path
         return path.with_name(f"{path.name}.backup") if path else None
 
@@ -141,10 +162,9 @@ class Settings:
     def checkpoints(self) -> Path:
         """The folder of this study's checkpoints and weights, beside study.db.
 
-        Two databases may hold studies of one name, so that of the file is in it, too.
+        Two databases may hold studies of one name, so that of the database is in it, too.
         """
-        database = self.sqlite_path.name if self.sqlite_path else ""
-        return self.beside / "checkpoints" / database / self.study_name
+        return self.beside / "checkpoints" / self.database / self.study_name
 
     @property
     def worker(self) -> str:
@@ -215,7 +235,7 @@ def _read(environment: Mapping[str, str]) -> Settings:
     if env["GPUS_PER_TRIAL"] != "1" and env["WORKERS_PER_GPU"] != "1":
         raise UserError("GPUS_PER_TRIAL and WORKERS_PER_GPU: only one of them can be more than 1")
     return Settings(
-        study_db=_study_url(env["STUDY_DB"]),
+        study_db=study_url(env["STUDY_DB"]),
         study_name=values.study_name(env["STUDY_NAME"]),
         total_trials=values.integer(env, "TOTAL_TRIALS", 1),
         total_is_given="TOTAL_TRIALS" in given,
@@ -267,7 +287,8 @@ def _py_script(text: str) -> str:
     return path
 
 
-def _study_url(text: str) -> str:
+def study_url(text: str) -> str:
+    """Return STUDY_DB in the form that the bundle uses.  Raises UserError if it is not legal."""
     scheme = urlsplit(text).scheme.split("+")[0]
     if text.startswith(SQLITE_PREFIX) and len(text) > len(SQLITE_PREFIX):
         # Relative paths start at the scripts' folder, not at the cwd; an absolute right-hand side
@@ -275,10 +296,11 @@ def _study_url(text: str) -> str:
         path = values.database_file(text, SCRIPTS / text[len(SQLITE_PREFIX) :])
         return f"{SQLITE_PREFIX}{path}"
     if scheme in SERVER_URLS and "://" in text:
-        return text
+        return values.server_url(text)
     raise UserError(
-        f"STUDY_DB={text!r} is no URL that can be used here; "
-        "give sqlite:///study.db (or sqlite:////absolute/path/study.db)"
+        f"STUDY_DB={values.without_password(text)!r} is no URL that can be used here; "
+        "give sqlite:///study.db (or sqlite:////absolute/path/study.db), or "
+        "postgresql://user:password@host/database"
     )
 
 
@@ -290,14 +312,18 @@ def print_table() -> int:
     """
     Settings.from_env()
     if sys.argv[1:] == ["given"]:
-        set_to = {name: os.environ.get(name) or default for name, default in DEFAULTS.items()}
+        set_to = {variable.name: _shown(variable) for variable in VARIABLES}
         words = [f"{n}={shlex.quote(v)}" for n, v in set_to.items() if v != DEFAULTS[n]]
         print(" ".join(words))
         return 0
     for variable in VARIABLES:
-        value = os.environ.get(variable.name) or variable.default or "-"
-        print(f"{variable.name:16} {value:20} {variable.says}")
+        print(f"{variable.name:16} {_shown(variable) or '-':20} {variable.says}")
     return 0
+
+
+def _shown(variable: Variable) -> str:
+    value = os.environ.get(variable.name) or variable.default
+    return values.without_password(value) if variable.name == "STUDY_DB" else value
 
 
 if __name__ == "__main__":

@@ -85,8 +85,11 @@ def pip_command(*requirements: str) -> str:
     A bare name is given its tested version.
     """
     known = pinned()
-    words = [known.get(text.lower(), text) for text in requirements]
-    words = [f"'{word}'" if re.search(r"[<>;\s*]", word) else word for word in words]
+    words = [
+        known.get(name_of(text), text) if re.fullmatch(r"[\w.-]+(\[\w+\])?", text) else text
+        for text in requirements
+    ]
+    words = [f"'{word}'" if re.search(r"[<>;\s*\[]", word) else word for word in words]
     image = os.environ.get("APPTAINER_CONTAINER")
     if image:  # where there is a network, that is on the login node
         return f"apptainer exec --bind /tmpdir,/work {image} pip install --user {' '.join(words)}"

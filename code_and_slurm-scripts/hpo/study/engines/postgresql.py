@@ -4,7 +4,7 @@ The rules, and the failure that each of them prevents:
 
 * Isolation is READ COMMITTED: an UPDATE waits for a row and then looks at it anew, so that a claim
   or a lease needs no second try.  What is counted is counted after the study's row is locked.
-* A connection that is lost is made anew, for `timeout` seconds, before a transaction begins or a
+* A connection that is lost is made anew, for RECONNECT seconds, before a transaction begins or a
   SELECT is asked: a server that restarts costs a wait.  One that is lost inside a transaction is an
   error: nobody knows whether a COMMIT has arrived.
 * A worker that is frozen inside a transaction loses it after IDLE seconds: it holds up nobody.
@@ -36,6 +36,7 @@ OLDEST = 13
 CONNECT = 4  # seconds to wait for one address of the server
 IDLE = 20  # seconds that a transaction may stand still
 LONGEST_PAUSE = 2.0  # seconds between two attempts to connect
+RECONNECT = 15.0  # seconds to try for; hpo/site.py goes on, and knows when the job ends
 KEY = 0x6F707475  # of the advisory lock of who makes the tables
 # A server that has vanished without a word is noticed within half a minute.
 ALIVE = {
@@ -121,8 +122,8 @@ class PostgreSQL:
     """One PostgreSQL database and this process's connection to it.
 
     `url` is as libpq takes it.  The tables are made if there are none, unless `create` is false:
-    then nothing is ever created.  `timeout` is in seconds: how long to wait for a row's lock, and
-    for a server that was there before.  Safe with threads, fork and pickle.
+    then nothing is ever created.  `timeout` is in seconds: how long to wait for a row's lock, and,
+    RECONNECT at most, for a server that was there before.  Safe with threads, fork and pickle.
     Raises ServerError, NoTables; UserError without a driver.
     """
 
@@ -223,7 +224,7 @@ class PostgreSQL:
 
     def _patiently(self, step: Callable[[Any], T]) -> T:
         """Do what can be done twice; while the server is away, again on a new connection."""
-        start, pause = time.monotonic(), 0.05
+        start, pause, limit = time.monotonic(), 0.05, min(RECONNECT, self.timeout)
         while True:
             try:
                 return step(self.connection())
@@ -231,10 +232,9 @@ class PostgreSQL:
                 if self._connection is not None and not self._connection.closed:
                     raise
                 self.close()
-                if time.monotonic() - start > self.timeout:
+                if time.monotonic() - start > limit:
                     raise ServerError(
-                        f"{self.name} has been away for {self.timeout:.0f} s "
-                        f"({self._one_line(error)})"
+                        f"{self.name} has been away for {limit:.0f} s ({self._one_line(error)})"
                     ) from error
             except BaseException:
                 self.close()  # a signal's exception: an answer may still be under way

@@ -62,7 +62,10 @@ def test_pruned_trials_leave_their_epochs_to_others() -> None:
     assert 24 < len(trained["new"]) < 50 + 4
 
 
-def test_speed_up_is_the_ratio_of_what_both_need_for_the_same() -> None:
+def test_speed_up_is_the_ratio_of_what_both_need_for_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(search, "RESAMPLINGS", 100)
     budgets = np.arange(1.0, 101)
     slow = np.array([[-np.log(budgets)] * 10])
     fast = np.array([[-np.log(2 * budgets)] * 10])

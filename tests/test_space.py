@@ -265,25 +265,40 @@ def test_number_of_reports_follows_from_what_was_seen() -> None:
 
 
 def test_first_trials_are_pruned_but_not_after_what_may_be_their_last_report() -> None:
-    """Before a trial is complete; halving begins then, and others may still train."""
+    """Before a trial is complete; halving begins with the first report, and others still train."""
     study = optuna.create_study(
         pruner=pruners.make_pruner(Settings.from_env()), sampler=optuna.samplers.RandomSampler(1)
     )
-    rounds: dict[str, Any] = {"rounds": IntDistribution(2, 4)}
-    for number in (4, 4, 2):
+    rounds: dict[str, Any] = {"rounds": IntDistribution(1, 4)}
+    for number in (4, 4, 1, 4):
         study.enqueue_trial({"rounds": number})
-    best, hopeless, short = (study.ask(rounds) for _ in range(3))
-    for trial, value in ((best, 0.1), (hopeless, 0.9), (short, 0.9)):
-        for step in range(2):
-            trial.report(value, step)
+    best, hopeless, short, worse = (study.ask(rounds) for _ in range(4))
+    for trial, value in ((best, 0.1), (hopeless, 0.9), (short, 0.9), (worse, 0.9)):
+        trial.report(value, 0)
     assert not best.should_prune()
-    assert not hopeless.should_prune()  # for all that is known, two reports are all there will be
-    best.report(0.1, 2)
+    assert not hopeless.should_prune()  # for all that is known, one report is all there will be
+    best.report(0.1, 1)
     assert not short.should_prune()  # its last, if `rounds` means what it seems to
-    worse = study.ask({"rounds": IntDistribution(3, 4)})
-    for step in range(2):
-        worse.report(0.9, step)
     assert worse.should_prune()
+
+
+def test_halving_stops_after_the_first_third_and_ninth_report() -> None:
+    """Whatever the numbers of the steps; the best third goes on."""
+    study = optuna.create_study(pruner=pruners.make_pruner(Settings.from_env()))
+    study.tell(study.ask(), 0.0)  # without a report: then none is known to be the last
+    stopped: dict[float, int] = {}
+    for value in (0.1, 0.2, 0.3, 0.15, 0.05, 0.07, 0.01):
+        trial = study.ask()
+        for count in range(1, 10):
+            trial.report(value, 100 * count)
+            if trial.should_prune():
+                stopped[value] = count
+                break
+        if value in stopped:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, value)
+    assert stopped == {0.2: 1, 0.3: 1, 0.15: 1, 0.07: 3}
 
 
 # ---- tpe -----------------------------------------------------------------------------------

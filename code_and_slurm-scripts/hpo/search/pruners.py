@@ -5,13 +5,15 @@ PRUNER=halving:reduction_factor=4 hands options on to Optuna's constructor.  hyp
 length of a trial from the steps that complete trials have reported ("auto").
 
 halving is asynchronous successive halving that stops and never pauses (ASHA: arXiv:1810.05934): of
-the trials that have reached step 1, 3, 9, … the best third goes on.  It begins with the first
-trials, not after five complete ones as median does: with many workers that is most of a study.
+the trials that have reported once, 3 times, 9 times, … the best third goes on.  It begins with the
+first trials, not after five complete ones as median does: with many workers that is much of a
+study.
 """
 
 from __future__ import annotations
 
 import warnings
+from copy import copy
 from typing import Any
 
 import optuna
@@ -56,6 +58,20 @@ def _goes_on(trial: FrozenTrial, others: list[FrozenTrial]) -> bool:
     return ahead and not may_mean_epochs
 
 
+class Halving(pruners.SuccessiveHalvingPruner):
+    """Optuna's, for which a trial's resource is its number of reports, not its last step.
+
+    Steps are epochs from 0 in our examples: Optuna would begin after the second, not the first.
+    """
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Say whether the trial is to be stopped after this report."""
+        counted = copy(trial)
+        values = [value for _, value in sorted(trial.intermediate_values.items())]
+        counted.intermediate_values = dict(enumerate(values, start=1))
+        return super().prune(study, counted)
+
+
 def number_of_reports(trial: FrozenTrial, complete: list[FrozenTrial]) -> int | None:
     """Return how often a trial will report, as far as the complete ones tell; None if they do not.
 
@@ -90,10 +106,7 @@ def make_pruner(settings: Settings) -> BasePruner:
     kinds: dict[str, tuple[type[BasePruner], dict[str, Any]]] = {
         "median": (pruners.MedianPruner, {}),
         "percentile": (pruners.PercentilePruner, {"percentile": 25.0}),
-        "halving": (
-            pruners.SuccessiveHalvingPruner,
-            {"min_resource": 1, "reduction_factor": 3},
-        ),
+        "halving": (Halving, {"min_resource": 1, "reduction_factor": 3}),
         "hyperband": (pruners.HyperbandPruner, {"max_resource": "auto"}),
         "wilcoxon": (pruners.WilcoxonPruner, {}),
         "none": (pruners.NopPruner, {}),

@@ -41,7 +41,7 @@ from search_simulator import Problem, simulate  # noqa: E402
 
 Array = NDArray[np.float64]
 FIGURES = Path(__file__).with_name("search-figures.txt")
-BUDGETS = {1: 60, 4: 100, 16: 140, 64: 140}  # full trainings, by the number of workers
+BUDGETS = {1: 40, 4: 60, 16: 100, 64: 140}  # full trainings, by the number of workers
 CONFIRM = 1000  # the first seed of those that nothing was chosen by
 NEW = {"SAMPLER": "tpe", "PRUNER": "halving"}
 OLD = {"SAMPLER": "tpe:count_pruned=True", "PRUNER": "median"}
@@ -149,7 +149,7 @@ def parts(seeds: int, workers: Sequence[int]) -> Iterable[Part]:
     """Yield what is measured: first what was chosen by, then what confirms it on other seeds."""
     fresh = range(CONFIRM, CONFIRM + seeds)
     if 16 in workers:
-        title = f"mnist, 16 workers, 140 full trainings; chosen by {seeds} seeds from 0"
+        title = f"mnist, 16 workers, {BUDGETS[16]} full trainings; chosen by {seeds} seeds from 0"
         yield Part(title, ["mnist"], 16, range(seeds), METHODS)
     for number in workers:
         size = f"{number} workers, {BUDGETS[number]} full trainings"
@@ -157,10 +157,8 @@ def parts(seeds: int, workers: Sequence[int]) -> Iterable[Part]:
         yield Part(f"mnist, {size}; {seeds} other seeds", ["mnist"], number, fresh, confirms)
     names = [each.name for each in tables()]
     if names and 4 in workers:  # nothing is pruned: `new` does as `old`
-        title = (
-            f"{len(names)} tables, 4 workers, 100 trials, no pruning; {max(1, seeds // 10)} seeds"
-        )
         few = fresh[: max(1, seeds // 10)]
+        title = f"{len(names)} tables, 4 workers, {BUDGETS[4]} trials; {len(few)} seeds each"
         yield Part(title, names, 4, few, {name: METHODS[name] for name in ("random", "old")})
 
 
@@ -178,7 +176,7 @@ def head(command: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Measure one part after another; write the figures when all are there."""
+    """Measure one part after another; write the figures after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--workers", type=int, nargs="+", choices=list(BUDGETS), default=[*BUDGETS])
@@ -189,7 +187,7 @@ def main() -> None:
         for part in parts(arguments.seeds, arguments.workers):
             text.append(table(part.title, measure(pool, part)) + "\n")
             print(text[-1], flush=True)
-    FIGURES.write_text("\n".join(text))
+            FIGURES.write_text("\n".join(text))
 
 
 def _quiet() -> None:

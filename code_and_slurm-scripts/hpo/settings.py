@@ -34,7 +34,7 @@ SQLITE_PREFIX = "sqlite:///"
 # Besides sqlite; see hpo/study/opening.py.
 SERVER_URLS = ("postgresql", "postgres", "mysql", "journal", "grpc")
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "bruteforce", "nsgaii", "gp", "qmc")
-PRUNERS = ("median", "percentile", "halving", "hyperband", "wilcoxon", "none")
+PRUNERS = ("halving", "median", "percentile", "hyperband", "wilcoxon", "none")
 DIRECTIONS = ("minimize", "maximize")
 TRAIN_IMAGES = 50_000  # most images that a trial trains on, whatever a script counts as one
 
@@ -56,7 +56,7 @@ VARIABLES = (
     Variable("DIRECTION", "minimize", "minimize or maximize; one for each of OBJECTIVES"),
     Variable("OBJECTIVES", "", "loss,parameters: those of the script to use; its first alone"),
     Variable("SAMPLER", "tpe", "how parameters are chosen; tpe:n_startup_trials=20 sets options"),
-    Variable("PRUNER", "median", "which trials are stopped; median:n_warmup_steps=2 likewise"),
+    Variable("PRUNER", "halving", "which trials are stopped; median:n_warmup_steps=2 likewise"),
     Variable("FIX", "", "batch_size=64,…: parameters that are not searched"),
     Variable("STOP_VALUE", "", "a value that is good enough: it ends the study"),
     Variable("SEED", "", "of the samplers; repeatable with one worker on a new study"),

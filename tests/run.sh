@@ -16,7 +16,7 @@ source code_and_slurm-scripts/hpo/job/venv.sh
 
 # What depends on the versions of Python, torch or the packages; all else is the same with both.
 of_versions=(tests/test_{capture,check_best_model,check_script,checkpoint,ddp,gpu,huggingface}.py
-    tests/test_{optuna_mnist,optuna_t5,plain_training,report,samplers,script,settings,space}.py
+    tests/test_{optuna_llm,optuna_mnist,optuna_t5,plain_training,report,samplers,script,settings,space}.py
     tests/test_{sqlite_storage,training,trial_cache,worker}.py)
 # Files beside each other, one per core: most tests wait for processes.
 parallel=(--numprocesses=auto --maxprocesses=4 --dist=loadfile)

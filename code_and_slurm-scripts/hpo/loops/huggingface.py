@@ -71,6 +71,7 @@ class StudyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """
         self.trial, self.metric, self.value = trial, metric, math.nan
         self._weights = weights or (lambda model: model.state_dict())
+        self._reported: dict[int, float] = {}  # step → metric
         self._random: dict[str, Any] | None = None  # to be put back when the training goes on
         self._amid_an_epoch = False
 
@@ -87,7 +88,8 @@ class StudyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         saved = unpack(torch.load(path, map_location="cpu", weights_only=True))
         for name in CHANGES:
             put_back(name, others[name], saved[name])
-        self.value = saved["value"]  # a trial may go on where nothing is left to do
+        self._reported = saved["reported"]
+        self.value = self._reported[max(self._reported)]  # there may be nothing left to do
         randoms = saved["random"]
         self._random = randoms[min(checkpoint.processes()[1], len(randoms) - 1)]
         self._amid_an_epoch = not float(state.epoch).is_integer()
@@ -114,12 +116,15 @@ class StudyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.value = float(metrics[self.metric])
         by_steps = _name(args.eval_strategy) == "steps"
         times = state.global_step / state.eval_steps if by_steps else state.epoch
-        self.trial.report(self.value, max(1, round(times)) - 1)
+        step = max(1, round(times)) - 1
+        if step not in self._reported:
+            self._reported[step] = self.value
+            self.trial.report(self.value, step)
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Save what the Trainer has not; then prune the trial, or let its worker stop."""
         content = {name: state_of(name, others[name]) for name in CHANGES}
-        content |= {"value": self.value, "random": _of_all_processes(random_states())}
+        content |= {"reported": self._reported, "random": _of_all_processes(random_states())}
         if checkpoint.processes()[1] == 0:
             with whole(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE) as path:
                 torch.save(pack(content), path)

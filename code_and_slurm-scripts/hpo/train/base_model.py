@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
 import shutil
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,7 @@ def prepare_base(settings: Settings) -> None:
         UserError: it is no folder of a causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     folder = base_folder(settings)
     if folder == TINY and not TINY.exists():
         _make_tiny(TINY)
@@ -95,7 +94,11 @@ def load_base(folder: str | Path, checkpointing: bool = False) -> Any:
     With `checkpointing` a part of the forward pass is computed twice, to need less memory.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    # peft asks for what is called otherwise since transformers 5.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated")
     dtype = torch.bfloat16 if gpu_has_bf16(pick_device()) else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     model.config.use_cache = False  # of use in writing alone

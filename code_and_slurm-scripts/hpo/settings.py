@@ -62,6 +62,7 @@ VARIABLES = (
     Variable("SEED", "", "of the samplers; repeatable with one worker on a new study"),
     Variable("TRAIN_IMAGES", str(TRAIN_IMAGES), "images a trial trains on; fewer for a quick try"),
     Variable("DATA", "", "a data file of your own, for scripts that use it (pairs of texts)"),
+    Variable("MODEL", "", "the folder of a language model, for scripts that use it"),
     Variable("SMALL", "0", "1: the script's search space for a laptop, where it has one"),
     Variable("WORKERS_PER_GPU", "1", "workers that share one GPU, 1 to 16"),
     Variable("GPUS_PER_TRIAL", "1", "GPUs that share one trial, 1 to 8"),
@@ -95,6 +96,7 @@ class Settings:
     workers_per_gpu: int  # the launch scripts start them
     gpus_per_trial: int  # hpo/train/ddp.py
     data: Path | None  # a file of the user's own; None for the data of the script
+    model: Path | None  # the folder of a language model
     small: bool  # the script's search space for a laptop
     keep_best: int  # trials whose weights are kept
     max_attempts: int
@@ -174,8 +176,9 @@ class Settings:
     def inputs(self) -> dict[str, str]:
         """What all trials of a study must have in common, as it was given: DATA, SMALL, …"""
         found = {"SMALL": "1"} if self.small else {}
-        if self.data:  # relative: the bundle may be moved
-            found["DATA"] = os.path.relpath(self.data, SCRIPTS)
+        for name, path in (("DATA", self.data), ("MODEL", self.model)):
+            if path:  # relative: the bundle may be moved
+                found[name] = os.path.relpath(path, SCRIPTS)
         if self.train_images != TRAIN_IMAGES:
             found["TRAIN_IMAGES"] = str(self.train_images)
         return found
@@ -254,6 +257,7 @@ def _read(environment: Mapping[str, str]) -> Settings:
         workers_per_gpu=values.integer(env, "WORKERS_PER_GPU", 1, 16),
         gpus_per_trial=values.integer(env, "GPUS_PER_TRIAL", 1, 8),
         data=values.readable_file(SCRIPTS / env["DATA"], "DATA") if env["DATA"] else None,
+        model=values.readable_folder(SCRIPTS / env["MODEL"], "MODEL") if env["MODEL"] else None,
         small=values.choice(env, "SMALL", ("0", "1")) == "1",
         keep_best=values.integer(env, "KEEP_BEST", 1),
         max_attempts=values.integer(env, "MAX_ATTEMPTS", 1),

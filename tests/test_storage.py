@@ -130,6 +130,8 @@ def test_init_returns_the_trials_of_a_job_that_has_left_the_queue(
     study.ask().suggest_float("x", 0, 1)  # and the job dies
     monkeypatch.setenv("SLURM_JOB_ID", "101")
     assert "goes back" not in run("init_optuna_db.py", ALIVE_JOBS="100 101").stdout
+    # Slurm shows one's own jobs: of those of a colleague who shares the study it says nothing.
+    assert "goes back" not in run("init_optuna_db.py", ALIVE_JOBS="101", SLURM_JOB_USER="b").stdout
     assert "trial 0 of a job that has ended goes back to the queue" in (
         run("init_optuna_db.py", ALIVE_JOBS="101").stdout
     )

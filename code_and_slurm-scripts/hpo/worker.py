@@ -8,11 +8,12 @@ How a worker ends, and with which exit status:
 
     0   the study has its TOTAL_TRIALS trials, or has been stopped, or the worker was asked to stop:
         DRAIN_FILE, or the job's end near   finish the epoch, give the trial back to the queue
-        SIGTERM, Ctrl-C                     give it back at once (the running epoch is lost)
+        SIGTERM, Ctrl-C, the job's end      give it back at once (the running epoch is lost)
     1   the same failure again and again: the objective itself is broken; or most trials failed
         or a GPU was promised, and there is none
     2   a setting is wrong (hpo/settings.py)
     70, 71  CUDA has failed for good (hpo/gpu.py): hpo/job/keep_running.sh starts a new process
+    74  the job's end came in a call that cannot be interrupted: its trial goes back, too
     75  the site: study.db or a disk cannot be used, for minutes; the trial goes back to the queue
 
 One bad trial (out of memory, a loss that is no number, whatever leaves the objective) is recorded
@@ -97,6 +98,7 @@ def run_worker(objective: Objective) -> int:
     if prepare := me.offers("prepare"):
         prepare()
     drain = Drain(settings.job_end, settings.drain_file)
+    drain.watch_the_end()
     plan = plan_of(settings, me)
     study = create_or_open_study(settings)
     adopt_space(study, settings, plan)

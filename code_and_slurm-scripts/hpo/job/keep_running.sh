@@ -2,14 +2,15 @@
 # One worker, started again if it dies (bash keep_running.sh SCRIPT PYTHON…, where PYTHON… is the
 # command that runs a Python script).
 #
-# A worker that ends by itself (status 0, 1, 2, 75) is not started again.  One that dies is, at most
-# three times in a row: killed by a signal, crashed in a library, gone in the middle of a trial,
-# whatever its status, or failed by its GPU (70, hpo/gpu.py).  Its trial goes back to the queue at
-# once.  A worker that had finished a trial, or lived for ten minutes, starts a new row.  Status 71
+# A worker that ends by itself (status 0, 1, 2, 75; 74 at the job's end) is not started again.  One
+# that dies is, at most three times in a row: killed by a signal, crashed in a library, gone in the
+# middle of a trial, whatever its status, or failed by its GPU (70, hpo/gpu.py).  Its trial goes
+# back to the queue at once.  A worker that had finished a trial, or lived for ten minutes, starts a new row.  Status 71
 # is no death: the next one shall record no CUDA graph.  A signal is passed on to the worker.
 set -uo pipefail
 
-NO_CAPTURE=71 # hpo/gpu.py
+NO_CAPTURE=71  # hpo/gpu.py
+INTERRUPTED=74 # hpo/drain.py
 
 stopping=0
 worker=
@@ -37,6 +38,9 @@ while ((! stopping)); do
         status=$?
     done
     worker=
+    if ((status == INTERRUPTED)); then # as it was to: the job's end has come
+        stopping=1 status=0
+    fi
     how=crashed
     if ((stopping)); then
         how=ended

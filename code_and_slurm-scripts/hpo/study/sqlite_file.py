@@ -76,7 +76,7 @@ class CorruptStudy(StudyFileError):
 
 
 class DiskFull(StudyFileError):
-    """A write did not fit. The file is as it was before; go on when there is space."""
+    """A write did not fit, or failed. The file is as it was: go on when the site is well."""
 
 
 def explain(error: sqlite3.Error, path: str) -> Exception:
@@ -84,8 +84,12 @@ def explain(error: sqlite3.Error, path: str) -> Exception:
     text = str(error)
     if "not a database" in text or "malformed" in text:
         return CorruptStudy(f"{path} is damaged ({text}). It was left as it is: restore a backup.")
-    if "full" in text or "disk I/O error" in text:
-        return DiskFull(f"Cannot write {path}: disk full, over quota, or failing ({text}).")
+    if "full" in text:
+        return DiskFull(f"Cannot write {path}: disk full or over quota ({text}).")
+    if "disk I/O error" in text:  # SQLite does not say more
+        return DiskFull(
+            f"Cannot use {path}: its disk or file server fails or is away, or disk full ({text})."
+        )
     if "unable to open" in text or "readonly" in text:
         return StudyFileError(
             f"Cannot open or write {path}: missing, no permission, or disk full ({text})."
@@ -125,6 +129,8 @@ def _new_copy(source: sqlite3.Connection, target: str) -> Iterator[str]:
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.new")
     try:
+        # SQLite would never let the group write, whatever the umask says; nor into the journal.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         with closing(sqlite3.connect(temporary)) as copy:
             copy.execute("PRAGMA journal_mode = OFF")  # nobody else sees this file yet
             source.backup(copy, sleep=0.005)

@@ -169,7 +169,7 @@ def test_this_machines_python_where_no_container_is_named(job: Path) -> None:
     result = sbatch(job, CONTAINER="")
     assert result.returncode == 0, result.stderr
     assert record(job, ".container") == ""
-    assert f"my.py : mine 10 endless\n" in record(job)
+    assert "my.py : mine 10 endless\n" in record(job)
     result = sbatch(job, CONTAINER="", NO_OPTUNA="1")
     assert f"bin/python3 -m pip install -r {job}/requirements-container.txt" in result.stderr
 

@@ -43,9 +43,9 @@ for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
 [[ -n $output ]] || cat "$RECORD.out"
 exit ${status:-0}
 """
-SQUEUE = """#!/bin/bash
+SQUEUE = r"""#!/bin/bash
 # Stands for squeue: this job is the user's only one.
-[[ $* == *--format=%A* ]] && echo "$SLURM_JOB_ID"
+[[ $* == *--format=%A ]] && echo "$SLURM_JOB_ID"
 [[ $* == *--format=%A\|%o* ]] && echo "4711|$SLURM_SUBMIT_DIR/my-job.sh|10:00|2|small|"
 [[ $* == *--format=%e* ]] && date --date="${JOB_ENDS_IN:-600} seconds" +%Y-%m-%dT%H:%M:%S
 exit 0

@@ -106,4 +106,3 @@ def check_optuna() -> None:
             f"Optuna {found or 'is not installed'}: this bundle was tested with {tested} alone; "
             f"once:\n    {pip_command('optuna')}"
         )
-

@@ -2,6 +2,7 @@
 # The phases of run-optuna-multinode_Turpan.sh, which sources this file and calls them in turn.
 # Uses its USER CONFIG and $scripts, the folder with the scripts.  Sets $status, srun's exit status.
 
+# shellcheck source=code_and_slurm-scripts/hpo/job/successor.sh
 source "$scripts/hpo/job/successor.sh"
 
 status=0

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from common import SCRIPTS
+from hpo import drain
 from hpo.job import estimate
 from hpo.settings import UserError
 
@@ -202,6 +203,28 @@ def test_why_a_job_failed_is_said_where_no_full_disk_hides_it(job: Path) -> None
     result = sbatch(job, WORKER="75")
     assert "a disk, a file server or the study could not be used" in result.stderr
     assert record(job, ".scontrol").startswith("update JobId=4711 Comment=a worker ended with")
+
+
+INTERRUPTED = """
+import signal, sys, time
+from hpo import drain
+drain.REPORT_SECONDS = drain.HARD_SECONDS = 0.5
+limit = drain.Drain(time.time() + 1)
+limit.watch_the_end()
+if sys.argv[1:]:  # a call that does not let Python react
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+try:
+    with limit.interruptible():
+        time.sleep(60)
+except drain.Drained:
+    sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize(("words", "status"), [([], 5), (["deaf"], drain.INTERRUPTED)])
+def test_an_epoch_that_would_outlast_the_job_is_interrupted(words: list[str], status: int) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, *words]
+    assert subprocess.run(command, cwd=SCRIPTS, timeout=30).returncode == status
 
 
 @pytest.mark.parametrize(

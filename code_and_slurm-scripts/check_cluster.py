@@ -148,9 +148,10 @@ def locks(meeting: Meeting, facts: dict[int, Facts]) -> Row:
         if meeting.rank == 0:
             fcntl.lockf(file, fcntl.LOCK_EX)
             (meeting.folder / "locked").touch()
-        elif held := wait_for((meeting.folder / "locked").exists, PATIENCE):
-            if facts[meeting.rank]["host"] != facts[0]["host"]:
-                got = could_lock(file.fileno())
+        else:
+            held = wait_for((meeting.folder / "locked").exists, PATIENCE)
+            elsewhere = facts[meeting.rank]["host"] != facts[0]["host"]
+            got = held and elsewhere and could_lock(file.fileno())
         meeting.say("locks", {"got": got, "tried": held})
         heard = meeting.hear("locks")  # task 0 holds its lock until all have tried
     intruders = sorted({facts[rank]["host"] for rank, said in heard.items() if said["got"]})

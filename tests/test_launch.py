@@ -252,6 +252,24 @@ def test_dead_worker_is_started_again_three_times(tmp_path: Path) -> None:
         assert (tmp_path / str(status)).read_text() == "x\n"
 
 
+def test_a_worker_whose_file_server_is_away_is_waited_for(tmp_path: Path) -> None:
+    """Its script cannot be read, and it ends with Python's status 2: for once that is no mistake."""
+    worker = tmp_path / "worker.sh"
+    worker.write_text(f"""
+        echo x >>{tmp_path}/starts
+        [[ ! -e {tmp_path}/was_away ]] || exit 0
+        touch {tmp_path}/was_away
+        mv {worker} {worker}.away
+        (sleep 1; mv {worker}.away {worker}) >/dev/null 2>&1 &
+        exit 2
+    """)
+    keeper = BUNDLE / "code_and_slurm-scripts" / "hpo" / "job" / "keep_running.sh"
+    result = subprocess.run(["bash", str(keeper), str(worker), "bash"], capture_output=True)
+    assert result.returncode == 0
+    assert b"waiting for the file server" in result.stderr
+    assert (tmp_path / "starts").read_text() == "x\nx\n"
+
+
 @pytest.fixture
 def local(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a copy of the bundle whose .venv is this test's Python, so nothing is installed."""

@@ -49,6 +49,7 @@ from hpo.site import SITE_FAULT, Patience, SiteFault
 from hpo.study.opening import create_or_open_study
 from hpo.study.optuna_private import storage_of, study_id, trial_id
 from hpo.study.served import ServedStorage
+from hpo.study.sqlite_file import DiskFull, StudyBusy
 from hpo.study.storage import NoTrialLeft, SQLiteStorage
 from hpo.study.trials import best_trials, count, same_reason, without_best
 from hpo.study.upkeep import Upkeep
@@ -100,7 +101,13 @@ def run_worker(objective: Objective) -> int:
     drain = Drain(settings.job_end, settings.drain_file)
     drain.watch_the_end()
     plan = plan_of(settings, me)
-    study = create_or_open_study(settings)
+    patience = Patience(settings.lease_grace, drain)
+    try:
+        study = patience.call(partial(_open, settings))
+    except SiteFault as error:
+        log.error("%s", error)
+        return SITE_FAULT
+    patience.restore()
     adopt_space(study, settings, plan)
     settings = use(_prepare(study, settings, plan))
     study.pruner = DrainingPruner(study.pruner, drain)
@@ -111,6 +118,16 @@ def run_worker(objective: Objective) -> int:
     except (SiteFault, StorageInternalError) as error:
         log.error("%s", error)
         return SITE_FAULT
+
+
+def _open(settings: Settings) -> optuna.Study:
+    """Open the study; a disk that is full, or away, is the site's fault, all else the user's."""
+    try:
+        return create_or_open_study(settings)
+    except UserError as error:
+        if isinstance(error.__cause__, (DiskFull, StudyBusy)):
+            raise error.__cause__ from None
+        raise
 
 
 def _prepare(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:

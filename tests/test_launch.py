@@ -253,7 +253,7 @@ def test_dead_worker_is_started_again_three_times(tmp_path: Path) -> None:
 
 
 def test_a_worker_whose_file_server_is_away_is_waited_for(tmp_path: Path) -> None:
-    """Its script cannot be read, and it ends with Python's status 2: for once that is no mistake."""
+    """Its script cannot be read, and it ends with Python's status 2: no mistake, for once."""
     worker = tmp_path / "worker.sh"
     worker.write_text(f"""
         echo x >>{tmp_path}/starts

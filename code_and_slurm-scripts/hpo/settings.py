@@ -103,7 +103,7 @@ class Settings:
     lease_grace: float  # seconds
     rank: int  # of this worker among the workers of its job: 0, 1, …
     token: str  # of this process, from the script that keeps it running; "" without one
-    job_id: str  # of Slurm, with ".1" after the first requeue; "" outside of it
+    job_id: str  # of Slurm: "12@ann", "12.1@ann" after the first requeue; "" outside of it
     job_end: float  # Unix seconds; infinite where nothing ends the job
     drain_file: Path | None  # workers stop when it exists
     alive_jobs: frozenset[str] | None  # ids; None where nobody asked Slurm
@@ -270,8 +270,10 @@ def _job(given: Mapping[str, str]) -> dict[str, Any]:
     """Return what the launch scripts and Slurm set."""
     rank = "WORKER_RANK" if "WORKER_RANK" in given else "SLURM_PROCID"
     restarts = given.get("SLURM_RESTART_COUNT", "0")
-    # A requeued job keeps its number, but the workers that it had before are dead.
-    job_id = given.get("SLURM_JOB_ID", "") + (f".{restarts}" if restarts != "0" else "")
+    job_id = given.get("SLURM_JOB_ID", "")
+    if job_id:  # a requeued job keeps its number, but the workers that it had before are dead
+        user = given.get("SLURM_JOB_USER") or str(os.getuid())
+        job_id += (f".{restarts}" if restarts != "0" else "") + f"@{user}"
     end = "SLURM_JOB_END_TIME"
     return {
         "rank": values.integer({rank: "0", **given}, rank, 0),

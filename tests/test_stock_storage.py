@@ -24,7 +24,7 @@ from hpo.settings import Settings, UserError, run_script
 from hpo.study import opening, server, upkeep
 from hpo.study.opening import create_or_open_study, open_study
 from hpo.study.optuna_private import study_id
-from hpo.words import hide_passwords
+from hpo.values import without_password
 from hpo.worker import _Lines
 
 OBJECTIVE = HELPERS / "objective_for_tests.py"
@@ -99,7 +99,7 @@ def test_nothing_is_made_by_looking(journal: str, tmp_path: Path) -> None:
 
 def test_the_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "MySQLdb", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"^STUDY_DB=mysql://user:\S+ needs mysqlclient, which"):
+    with pytest.raises(UserError, match=r"^STUDY_DB='mysql://user:\S+ needs mysqlclient, which"):
         create_or_open_study(Settings.from_env(STUDY_DB=URL))
     other = Settings.from_env(STUDY_DB="mysql+no_such_driver://user@host/db")
     with pytest.raises(UserError, match="no_such_driver"):
@@ -124,7 +124,7 @@ def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_is_hidden(text: str, shown: str) -> None:
-    assert hide_passwords(text) == shown
+    assert without_password(text) == shown
 
 
 TOOLS: list[tuple[Callable[[], int], list[str]]] = [

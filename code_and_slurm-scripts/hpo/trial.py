@@ -31,7 +31,8 @@ from hpo.site import fault_of
 from hpo.study.optuna_private import storage_of, trial_id
 from hpo.study.served import Leased
 from hpo.study.trials import best_trials
-from hpo.words import hide_passwords, one_line
+from hpo.values import without_password
+from hpo.words import one_line
 
 Objective: TypeAlias = Callable[[optuna.Trial], Any]
 # What tells a process that it is one of several; each worker trains for itself.
@@ -168,7 +169,7 @@ def tidy(study: optuna.Study) -> None:
 
 def reason_of(error: BaseException) -> str:
     """Return one line for the user attribute `fail_reason`."""
-    text = f"{type(error).__name__}: {hide_passwords(one_line(error))}".removesuffix(": ")
+    text = f"{type(error).__name__}: {without_password(one_line(error))}".removesuffix(": ")
     # torch reports a full GPU with a class of its own and a full CPU with a RuntimeError.
     exhausted = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if exhausted or "can't allocate memory" in str(error):

@@ -1,9 +1,8 @@
-"""How a number, a time, a URL and a configuration are shown to people: everywhere alike."""
+"""How a number, a time and a configuration are shown to people: everywhere alike."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,16 +39,6 @@ def one_line(text: object, most: int = 500) -> str:
     """Return the first line of a text that has one; "" otherwise."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[0][:most] if lines else ""
-
-
-def hide_passwords(text: object) -> str:
-    """Return a text in which no URL has its password any more: whatever is printed or stored.
-
-    Those before the host (postgresql://user:***@host), and those in the options of a URL or of a
-    driver (password=***).
-    """
-    found = re.sub(r"(\w://[^\s/:@]*):\S*@", r"\1:***@", str(text))
-    return re.sub(r"(?i)\b(\w*(?:password|passwd|pwd)=)[^\s&]+", r"\1***", found)
 
 
 def cut(text: str, most: int = 100) -> str:

@@ -4,7 +4,7 @@
     study = open_study(settings)              check_best_model.py: never creates anything, and needs
                                               no permission to write
 
-sqlite:/// is the bundle's own storage (storage.py); postgresql://, mysql://, journal:/// and
+sqlite:/// and postgresql:// are the bundle's own storage (storage.py); mysql://, journal:/// and
 grpc:// are Optuna's.  A study remembers which script's objective it belongs to (user attribute
 `py_script`), its direction, and its inputs: another objective is refused rather than mixed in.
 """
@@ -22,19 +22,20 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 
-from hpo import packages
+from hpo import packages, values
 from hpo.settings import SCRIPTS, Settings, UserError
+from hpo.study.engines import EngineError
+from hpo.study.engines.postgresql import PostgreSQL
+from hpo.study.engines.sqlite_file import StudyFile, create_study_file
 from hpo.study.optuna_private import storage_of
 from hpo.study.served import Leased, ServedStorage, Server, find_server, server_path
-from hpo.study.sqlite_file import StudyFileError, create_study_file
 from hpo.study.storage import SQLiteStorage
 from hpo.study.trials import Counts
 from hpo.values import check_writable
-from hpo.words import duration, hide_passwords, one_line
+from hpo.words import duration, one_line
 
 BACKUP = ".backup"  # study.db.backup is a copy of study.db
-# What pip calls the packages of SQLAlchemy's drivers.
-DRIVERS = {"MySQLdb": "mysqlclient", "psycopg2": "psycopg2-binary", "psycopg": "psycopg[binary]"}
+DRIVERS = {"MySQLdb": "mysqlclient", "pymysql": "PyMySQL"}  # what pip calls them
 CONNECT_SECONDS = 8  # until an unreachable server is an error
 
 
@@ -56,7 +57,7 @@ def create_or_open_study(settings: Settings) -> Study:
     with clear_errors(settings):
         if path and not path.exists():
             create_study_file(str(path), settings.study_name, settings.directions)
-        return _add_study(open_storage(settings), settings)
+        return _add_study(open_storage(settings, create=True), settings)
 
 
 def open_study(settings: Settings) -> Study:
@@ -77,7 +78,7 @@ def open_study(settings: Settings) -> Study:
             f"there is no study yet: {path} does not exist; start workers first, or set STUDY_DB"
         )
     with clear_errors(settings):
-        storage = open_storage(settings, reading=True)
+        storage = open_storage(settings)
         names = optuna.get_all_study_names(storage=storage)
         if settings.study_name in names:
             return optuna.load_study(study_name=settings.study_name, storage=storage)
@@ -87,27 +88,31 @@ def open_study(settings: Settings) -> Study:
     )
 
 
-def open_storage(settings: Settings, *, reading: bool = False) -> BaseStorage:
-    """Return the storage behind STUDY_DB, or what can be read of it while a job serves it.
+def open_storage(settings: Settings, create: bool = False) -> BaseStorage:
+    """Return the storage behind STUDY_DB; what is only looked at, may be a backup.
+
+    In a PostgreSQL database nothing is made unless `create` is true.
 
     Raises:
         UserError: a package is missing, nobody answers, or another job serves the study.
     """
     if path := settings.sqlite_path:
         if server := find_server(path):
-            return _served_storage(settings, server, reading)
+            return _served_storage(settings, server, create)
         readonly = _is_backup(path) or not _may_write(path)
         return SQLiteStorage.of(settings, path, settings.worker, readonly=readonly)
+    if url := settings.postgresql_url:
+        return SQLiteStorage.of(settings, PostgreSQL(url, create=create), settings.worker)
     try:
         return _stock_storage(settings)
     except UserError:
         raise
     except Exception as error:  # nobody answers, or it is no study: both are the user's
-        what = hide_passwords(one_line(error) or type(error).__name__)
-        raise UserError(f"STUDY_DB={settings.shown_db} cannot be opened: {what}") from error
+        text = values.without_password(one_line(error) or type(error).__name__)
+        raise UserError(f"STUDY_DB={settings.shown_db!r} cannot be opened: {text}") from error
 
 
-def _served_storage(settings: Settings, server: Server, reading: bool) -> BaseStorage:
+def _served_storage(settings: Settings, server: Server, create: bool) -> BaseStorage:
     """Where locks do not hold between nodes, nobody but the serving process opens study.db."""
     path, backup = settings.sqlite_path, settings.backup_path
     assert path
@@ -115,7 +120,7 @@ def _served_storage(settings: Settings, server: Server, reading: bool) -> BaseSt
     if server.is_of(settings):
         packages.need("A served study", "grpcio", "protobuf")
         return ServedStorage(server, settings.rank, settings.total_trials)
-    if not reading or not backup.exists():
+    if create or not backup.exists():
         raise UserError(
             f"{server} serves {path}: wait until it has ended "
             f"(if it has, delete {server_path(path)})"
@@ -155,7 +160,7 @@ def _check_driver(settings: Settings) -> None:
         make_url(settings.study_db).get_dialect().import_dbapi()
     except ModuleNotFoundError as error:
         module = str(error.name)
-        packages.need(f"STUDY_DB={settings.shown_db}", DRIVERS.get(module, module))
+        packages.need(f"STUDY_DB={settings.shown_db!r}", DRIVERS.get(module, module))
         raise  # the package is there, and something that it needs is not
 
 
@@ -176,7 +181,9 @@ def _refuse_backup(path: Path) -> None:
 def backup_in_use(study: optuna.Study) -> str:
     """Return which backup an open study is, and its age; "" for one that is no backup."""
     storage = storage_of(study)
-    if not isinstance(storage, SQLiteStorage) or not _is_backup(path := Path(storage.file.path)):
+    if not isinstance(storage, SQLiteStorage) or not isinstance(storage.file, StudyFile):
+        return ""
+    if not _is_backup(path := Path(storage.file.path)):
         return ""
     made = path.stat().st_mtime
     server = find_server(path.with_name(path.name.removesuffix(BACKUP)))
@@ -204,10 +211,10 @@ def _may_write(path: Path) -> bool:
 
 @contextmanager
 def clear_errors(settings: Settings) -> Iterator[None]:
-    """Turn what can be wrong with the study's file into one clear line."""
+    """Turn what can be wrong with the study's database into one clear line."""
     try:
         yield
-    except StudyFileError as error:
+    except EngineError as error:
         backup = settings.backup_path
         hint = f"; its last backup is {backup}" if backup and backup.exists() else ""
         raise UserError(f"{error}{hint}") from error

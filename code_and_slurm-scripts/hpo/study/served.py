@@ -11,18 +11,20 @@ import json
 import os
 import pwd
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.settings import Settings
+from hpo.study.engines import EngineError
 from hpo.study.held import NoTrialLeft
+from hpo.study.leases import has_ended
 from hpo.study.optuna_private import ProxyOfChannel
-from hpo.study.sqlite_file import StudyFileError
 from hpo.study.storage import SQLiteStorage
 from hpo.words import one_line
 
@@ -37,7 +39,7 @@ OPTIONS = (
 )
 
 
-class ServerGone(StudyFileError):
+class ServerGone(EngineError):
     """The process that serves the study does not answer, or not to this job."""
 
 
@@ -55,7 +57,9 @@ class Server(NamedTuple):
         return bool(self.secret) and self.job_id == settings.job_id
 
     def __str__(self) -> str:
-        return f"job {self.job_id} on {self.host}" if self.job_id else self.host
+        if not self.job_id:
+            return self.host
+        return f"job {self.job_id.replace('@', ' of ')} on {self.host}"
 
 
 def server_path(database: Path) -> Path:
@@ -102,16 +106,11 @@ def announce(database: Path, server: Server) -> bool:
 
 
 def forget_dead_server(settings: Settings) -> None:
-    """Remove study.db.server if the job that wrote it has left Slurm's queue."""
-    server = find_server(settings.sqlite_path) if settings.sqlite_path else None
-    if not server or not settings.sqlite_path or settings.alive_jobs is None:
+    """Remove study.db.server if the job that wrote it is known to have left Slurm's queue."""
+    if not (path := settings.sqlite_path) or not (server := find_server(path)):
         return
-    if not server.job_id:  # another user's, of whose jobs Slurm was not asked
-        return
-    number = server.job_id.split(".")[0]
-    requeued = number == settings.job_id.split(".")[0] and server.job_id != settings.job_id
-    if requeued or number not in settings.alive_jobs:
-        server_path(settings.sqlite_path).unlink(missing_ok=True)
+    if has_ended(server.job_id, settings.job_id, settings.alive_jobs):
+        server_path(path).unlink(missing_ok=True)
 
 
 class ServedStorage(ProxyOfChannel):
@@ -124,7 +123,9 @@ class ServedStorage(ProxyOfChannel):
 
     def __init__(self, server: Server, rank: int, total_trials: int | None = None) -> None:
         self._server, self.total_trials = server, total_trials
-        super().__init__(host=server.address, port=server.ports[rank])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna's client is
+            super().__init__(host=server.address, port=server.ports[rank])
 
     def open_channel(self) -> Any:
         """Return a grpc.Channel to the server."""

@@ -42,10 +42,10 @@ from optuna.exceptions import UpdateFinishedTrialError
 
 from hpo import packages
 from hpo.settings import Settings, UserError, run_script
+from hpo.study.engines import EngineError
 from hpo.study.held import NoTrialLeft
 from hpo.study.optuna_private import add_storage, study_id
 from hpo.study.served import HEADER, OWN, Server, announce, find_server, server_path
-from hpo.study.sqlite_file import StudyFileError
 from hpo.study.storage import SQLiteStorage
 from hpo.study.upkeep import Upkeep
 
@@ -180,7 +180,7 @@ def _guard(secret: str) -> Any:
         def answer(request: Any, context: Any) -> Any:
             try:
                 return handler.unary_unary(request, context)
-            except StudyFileError as error:  # a full disk: the worker tries again, then waits
+            except EngineError as error:  # a full disk: the worker tries again, then waits
                 context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
         return grpc.unary_unary_rpc_method_handler(
@@ -242,7 +242,7 @@ def main() -> int:
     """Serve the study of the environment; return the exit status."""
     settings = Settings.from_env()
     if settings.sqlite_path is None:
-        raise UserError(f"STUDY_DB={settings.shown_db} has a server of its own")
+        raise UserError(f"STUDY_DB={settings.shown_db!r} has a server of its own")
     return serve(settings, int(sys.argv[1]), sys.argv[2:])
 
 

@@ -4,7 +4,7 @@ A thread wakes several times per grace period and
 
     renews the lease of the trial that is running, so that nobody takes it for dead,
     returns the trials of dead workers to the queue,
-    copies study.db to study.db.backup if that is older than BACKUP_SECONDS.
+    copies the study to its backup (study.db.backup) if that is older than BACKUP_SECONDS.
 
 Only the bundle's own storage has leases and backups.  In any other one the thread writes a sign of
 life into the trial that is running, by which `return_stuck` knows those that no worker runs.
@@ -24,9 +24,10 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from hpo.settings import Settings
+from hpo.study.copying import backup
+from hpo.study.engines import EngineError
 from hpo.study.optuna_private import storage_of, study_id, trial_id
 from hpo.study.served import Leased
-from hpo.study.sqlite_file import StudyFileError
 from hpo.study.storage import SQLiteStorage
 
 BACKUP_SECONDS = 40.0  # with the wake-ups between, a backup is never older than 60 s
@@ -82,8 +83,8 @@ class Upkeep:
             for number in self._storage.return_stale_trials(self._study_id):
                 log.info("trial %d of a worker that died goes back to the queue", number)
             if self._backup:
-                self._storage.backup(self._backup, max_age)
-        except (StudyFileError, OSError) as error:  # a full disk ends no training
+                backup(self._storage, self._study_id, self._backup, max_age)
+        except (EngineError, OSError) as error:  # a full disk ends no training
             if (text := str(error)) != self._said:  # once: it may be so for hours
                 log.warning("%s", text)
             self._said = text

@@ -269,7 +269,8 @@ def test_others_may_look_at_the_backup_and_do_no_more(
 
 def test_only_one_server_and_a_dead_job_s_is_forgotten(own_study: Path) -> None:
     create_or_open_study(Settings.from_env())
-    assert announce(own_study, Server("77", "n1", "127.0.0.1", [1], "a"))
+    job = Settings.from_env(SLURM_JOB_ID="77").job_id
+    assert announce(own_study, Server(job, "n1", "127.0.0.1", [1], "a"))
     assert not announce(own_study, Server("78", "n2", "127.0.0.1", [2], "b"))
     assert [path.name for path in own_study.parent.glob(".*")] == []
     for alive in ("77 78", "78"):

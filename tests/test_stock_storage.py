@@ -28,7 +28,7 @@ from hpo.values import without_password
 from hpo.worker import _Lines
 
 OBJECTIVE = HELPERS / "objective_for_tests.py"
-PASSWORD = "pa55-w'ord/x"
+PASSWORD = "pa55-w'ord:x"
 URL = f"mysql://user:{PASSWORD}@127.0.0.1:9/study"
 
 
@@ -101,8 +101,8 @@ def test_the_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "MySQLdb", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"^STUDY_DB='mysql://user:\S+ needs mysqlclient, which"):
         create_or_open_study(Settings.from_env(STUDY_DB=URL))
-    other = Settings.from_env(STUDY_DB="mysql+no_such_driver://user@host/db")
-    with pytest.raises(UserError, match="no_such_driver"):
+    other = Settings.from_env(STUDY_DB="mysql+nodriver://user@host/db")
+    with pytest.raises(UserError, match="nodriver"):
         create_or_open_study(other)
 
 
@@ -194,7 +194,7 @@ def test_nor_does_a_worker_s_log_or_the_list_of_processes(
     with pytest.raises(UserError, match="everybody sees the password"):
         init_optuna_db.main()
     monkeypatch.setenv("STUDY_DB", "mysql://user:p@ss@host/db")
-    with pytest.raises(UserError, match="write %40 for an @"):
+    with pytest.raises(UserError, match="in a password write / [?] # @ as %2F"):
         Settings.from_env()
 
 
@@ -205,4 +205,4 @@ def test_only_the_settings_know_the_url() -> None:
         for path in [*(SCRIPTS / "hpo").rglob("*.py"), *SCRIPTS.glob("*.py")]
         if ".study_db" in path.read_text().replace("options.study_db", "")
     }
-    assert users == {"settings.py", "opening.py"}
+    assert users == {"settings.py", "opening.py", "copying.py"}

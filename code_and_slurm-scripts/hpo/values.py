@@ -160,9 +160,9 @@ def server_url(text: str) -> str:
     scheme, _, rest = text.partition("://")
     scheme = scheme.split("+")[0] if scheme.startswith("postgres") else scheme
     if scheme not in ("postgresql", "postgres"):
-        login = rest.split("?")[0].rpartition("@")[0]
-        if "@" in login or re.search(r"\s", login):  # drivers read it in different ways
-            raise UserError("STUDY_DB: in a password write %40 for an @, and %20 for a blank")
+        login = rest.rpartition("@")[0] if scheme.startswith("mysql") else ""
+        if re.search(r"[/?#@\s]", login):  # readers of URLs do not agree on what it means
+            raise UserError("STUDY_DB: in a password write / ? # @ as %2F %3F %23 %40")
         return text
     user, at, place = rest.rpartition("@")
     host, _, path = place.partition("/")

@@ -123,7 +123,7 @@ def test_another_connection_counts_anew(path: Path) -> None:
 
 @only_sqlite
 def test_statements_of_a_trial(path: Path) -> None:
-    """In steady state: 7 transactions, one of them the tidying of a claim; 5 SELECTs."""
+    """In steady state, with the sampler and the pruner that are the default."""
     study = open_study(path)
     study.sampler = optuna.samplers.TPESampler(seed=0)
     study.pruner = optuna.pruners.MedianPruner()

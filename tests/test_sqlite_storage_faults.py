@@ -351,6 +351,22 @@ def test_a_lock_that_is_never_released_is_a_clear_error(path: Path) -> None:
     trial.report(1.0, 0)
 
 
+def test_who_loses_every_race_waits_on_as_long_as_others_write(path: Path) -> None:
+    """For more than its timeout: it is slow, and nothing is locked for good."""
+    file = open_study(path, timeout=0.05)._storage.file  # type: ignore[attr-defined]
+    races = []
+
+    def lose() -> str:
+        races.append(1)
+        if len(races) < 40:
+            time.sleep(0.01)
+            os.utime(path, ns=(len(races), len(races)))  # somebody has written
+            raise sqlite3.OperationalError("database is locked")
+        return "won"
+
+    assert file._patiently(lose) == "won"
+
+
 def test_the_journal_is_never_wal(path: Path) -> None:
     with sqlite3.connect(path) as db:
         assert db.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)

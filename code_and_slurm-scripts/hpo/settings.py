@@ -34,7 +34,7 @@ SQLITE_PREFIX = "sqlite:///"
 # Besides sqlite; see hpo/study/opening.py.
 SERVER_URLS = ("postgresql", "postgres", "mysql", "journal", "grpc")
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "bruteforce", "nsgaii", "gp", "qmc")
-PRUNERS = ("median", "percentile", "halving", "hyperband", "wilcoxon", "none")
+PRUNERS = ("halving", "median", "percentile", "hyperband", "wilcoxon", "none")
 DIRECTIONS = ("minimize", "maximize")
 TRAIN_IMAGES = 50_000  # most images that a trial trains on, whatever a script counts as one
 
@@ -56,12 +56,13 @@ VARIABLES = (
     Variable("DIRECTION", "minimize", "minimize or maximize; one for each of OBJECTIVES"),
     Variable("OBJECTIVES", "", "loss,parameters: those of the script to use; its first alone"),
     Variable("SAMPLER", "tpe", "how parameters are chosen; tpe:n_startup_trials=20 sets options"),
-    Variable("PRUNER", "median", "which trials are stopped; median:n_warmup_steps=2 likewise"),
+    Variable("PRUNER", "halving", "which trials are stopped; median:n_warmup_steps=2 likewise"),
     Variable("FIX", "", "batch_size=64,…: parameters that are not searched"),
     Variable("STOP_VALUE", "", "a value that is good enough: it ends the study"),
     Variable("SEED", "", "of the samplers; repeatable with one worker on a new study"),
     Variable("TRAIN_IMAGES", str(TRAIN_IMAGES), "images a trial trains on; fewer for a quick try"),
     Variable("DATA", "", "a data file of your own, for scripts that use it (pairs of texts)"),
+    Variable("MODEL", "", "the folder of a language model, for scripts that use it"),
     Variable("SMALL", "0", "1: the script's search space for a laptop, where it has one"),
     Variable("WORKERS_PER_GPU", "1", "workers that share one GPU, 1 to 16"),
     Variable("GPUS_PER_TRIAL", "1", "GPUs that share one trial, 1 to 8"),
@@ -95,13 +96,14 @@ class Settings:
     workers_per_gpu: int  # the launch scripts start them
     gpus_per_trial: int  # hpo/train/ddp.py
     data: Path | None  # a file of the user's own; None for the data of the script
+    model: Path | None  # the folder of a language model
     small: bool  # the script's search space for a laptop
     keep_best: int  # trials whose weights are kept
     max_attempts: int
     lease_grace: float  # seconds
     rank: int  # of this worker among the workers of its job: 0, 1, …
     token: str  # of this process, from the script that keeps it running; "" without one
-    job_id: str  # of Slurm, with ".1" after the first requeue; "" outside of it
+    job_id: str  # of Slurm: "12@ann", "12.1@ann" after the first requeue; "" outside of it
     job_end: float  # Unix seconds; infinite where nothing ends the job
     drain_file: Path | None  # workers stop when it exists
     alive_jobs: frozenset[str] | None  # ids; None where nobody asked Slurm
@@ -174,8 +176,9 @@ class Settings:
     def inputs(self) -> dict[str, str]:
         """What all trials of a study must have in common, as it was given: DATA, SMALL, …"""
         found = {"SMALL": "1"} if self.small else {}
-        if self.data:  # relative: the bundle may be moved
-            found["DATA"] = os.path.relpath(self.data, SCRIPTS)
+        for name, path in (("DATA", self.data), ("MODEL", self.model)):
+            if path:  # relative: the bundle may be moved
+                found[name] = os.path.relpath(path, SCRIPTS)
         if self.train_images != TRAIN_IMAGES:
             found["TRAIN_IMAGES"] = str(self.train_images)
         return found
@@ -254,6 +257,7 @@ def _read(environment: Mapping[str, str]) -> Settings:
         workers_per_gpu=values.integer(env, "WORKERS_PER_GPU", 1, 16),
         gpus_per_trial=values.integer(env, "GPUS_PER_TRIAL", 1, 8),
         data=values.readable_file(SCRIPTS / env["DATA"], "DATA") if env["DATA"] else None,
+        model=values.readable_folder(SCRIPTS / env["MODEL"], "MODEL") if env["MODEL"] else None,
         small=values.choice(env, "SMALL", ("0", "1")) == "1",
         keep_best=values.integer(env, "KEEP_BEST", 1),
         max_attempts=values.integer(env, "MAX_ATTEMPTS", 1),
@@ -266,8 +270,10 @@ def _job(given: Mapping[str, str]) -> dict[str, Any]:
     """Return what the launch scripts and Slurm set."""
     rank = "WORKER_RANK" if "WORKER_RANK" in given else "SLURM_PROCID"
     restarts = given.get("SLURM_RESTART_COUNT", "0")
-    # A requeued job keeps its number, but the workers that it had before are dead.
-    job_id = given.get("SLURM_JOB_ID", "") + (f".{restarts}" if restarts != "0" else "")
+    job_id = given.get("SLURM_JOB_ID", "")
+    if job_id:  # a requeued job keeps its number, but the workers that it had before are dead
+        user = given.get("SLURM_JOB_USER") or str(os.getuid())
+        job_id += (f".{restarts}" if restarts != "0" else "") + f"@{user}"
     end = "SLURM_JOB_END_TIME"
     return {
         "rank": values.integer({rank: "0", **given}, rank, 0),

@@ -126,6 +126,15 @@ def readable_file(path: Path, name: str) -> Path:
     return path
 
 
+def readable_folder(path: Path, name: str) -> Path:
+    """Return the path; what is in the folder, its reader checks. Raises UserError."""
+    if not path.is_dir():
+        raise UserError(f"{name}: {path} is no folder")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{name}: no permission to read {path}")
+    return path
+
+
 def database_file(url: str, path: Path) -> Path:
     """Return the path of an SQLite study that can be there. Raises UserError."""
     if len(os.fsencode(path.name)) > 200:  # its journal, copies and folders have longer names

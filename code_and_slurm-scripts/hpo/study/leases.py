@@ -53,6 +53,20 @@ def insert(db: Transaction, trial_id: int, state: TrialState, row: tuple[Any, ..
         db.execute(INSERT, (trial_id, *(row or NOBODYS)))
 
 
+def has_ended(job: str, mine: str, alive_jobs: Collection[str] | None) -> bool:
+    """Whether a job, "12@ann" or "12.1@ann" after a requeue, is known to be over.
+
+    `alive_jobs` are the numbers that Slurm has shown to job `mine`: those of its own user, so that
+    nothing is known of anybody else's job, nor by who is in none.
+    """
+    number, _, user = job.partition("@")
+    my_number, _, me = mine.partition("@")
+    if alive_jobs is None or job in ("", mine) or user != me:
+        return False
+    number, my_number = number.split(".")[0], my_number.split(".")[0]
+    return number not in alive_jobs or number == my_number
+
+
 class Lease(NamedTuple):
     """Another worker's lease as it was read; if it is still so, nobody has renewed it."""
 
@@ -104,7 +118,7 @@ class Leases:
             return TrialState.WAITING
         what = "crashed" if crashed else "came back without one new epoch"
         reason = f"{what} {attempts} times, the last time on {host}"
-        reason += f" in job {job_id}" if job_id else ""
+        reason += f" in job {job_id.partition('@')[0]}" if job_id else ""
         if not crashed:
             reason += ": does an epoch take longer than the job? Report more often, or --time"
         tables.set_attribute(db, "trial_user", trial_id, "fail_reason", reason)
@@ -131,16 +145,9 @@ class Leases:
             for *row, job_id in file.read(RUNNING, (study_id,)):
                 lease = Lease(*row)
                 watched = self._watch(lease, before.get(lease.trial_id))
-                if self._has_ended(job_id, alive_jobs) or watched.still >= self.grace:
+                if has_ended(job_id, self.job_id, alive_jobs) or watched.still >= self.grace:
                     stale.append(lease)
         return stale
-
-    def _has_ended(self, job_id: str, alive_jobs: Collection[str] | None) -> bool:
-        """Whether a job is known to be over: 12 and 12.1 are one job before and after a requeue."""
-        if alive_jobs is None or job_id in ("", self.job_id):
-            return False
-        number = job_id.split(".")[0]
-        return number not in alive_jobs or number == self.job_id.split(".")[0]
 
     def _watch(self, lease: Lease, before: _Watched | None) -> _Watched:
         watched = self._watched[lease.trial_id] = _Watched(lease, time.monotonic())

@@ -115,7 +115,8 @@ def _served_storage(settings: Settings, server: Server) -> BaseStorage:
     backup = settings.backup_path
     if settings.job_id or not backup or not backup.exists():
         raise UserError(
-            f"job {server.job_id} on {server.host} serves {settings.sqlite_path}: wait until it "
+            f"job {server.job_id.replace('@', ' of ')} on {server.host} serves "
+            f"{settings.sqlite_path}: wait until it "
             f"has ended (if it has, delete {server_path(settings.sqlite_path)})"
         )
     print(f"(as of less than a minute ago: {server.host} owns the study, this is its backup)")

@@ -61,7 +61,7 @@ class CorruptStudy(StudyFileError):
 
 
 class DiskFull(StudyFileError):
-    """A write did not fit. The file is as it was before; go on when there is space."""
+    """A write did not fit, or failed. The file is as it was: go on when the site is well."""
 
 
 def explain(error: sqlite3.Error, path: str) -> Exception:
@@ -69,8 +69,12 @@ def explain(error: sqlite3.Error, path: str) -> Exception:
     text = str(error)
     if "not a database" in text or "malformed" in text:
         return CorruptStudy(f"{path} is damaged ({text}). It was left as it is: restore a backup.")
-    if "full" in text or "disk I/O error" in text:
-        return DiskFull(f"Cannot write {path}: disk full, over quota, or failing ({text}).")
+    if "full" in text:
+        return DiskFull(f"Cannot write {path}: disk full or over quota ({text}).")
+    if "disk I/O error" in text:  # SQLite does not say more
+        return DiskFull(
+            f"Cannot use {path}: its disk or file server fails or is away, or disk full ({text})."
+        )
     if "unable to open" in text or "readonly" in text:
         return StudyFileError(
             f"Cannot open or write {path}: missing, no permission, or disk full ({text})."
@@ -121,6 +125,8 @@ def whole_copy(source: sqlite3.Connection, target: str) -> Iterator[str]:
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.new")
     try:
+        # SQLite would never let the group write, whatever the umask says; nor into the journal.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         with closing(sqlite3.connect(temporary)) as copy:
             copy.execute("PRAGMA journal_mode = OFF")  # nobody else sees this file yet
             source.backup(copy, sleep=0.005)
@@ -213,22 +219,40 @@ class StudyFile:
                 self._connection = None
 
     def _patiently(self, step: Callable[..., T], *args: Any) -> T:
-        """Call `step` until the lock is free. Raises StudyBusy after `timeout` seconds."""
-        start = time.monotonic()
+        """Call `step` until the lock is free.
+
+        Raises StudyBusy when nobody has written for `timeout` seconds: a slow node that loses
+        every race against others waits on.
+        """
+        start = since = time.monotonic()
+        seen: tuple[int, ...] = ()
         while True:
             try:
                 return step(*args)
             except sqlite3.OperationalError as error:
-                waited = time.monotonic() - start
                 if "locked" not in str(error):
                     raise
-                if waited > self.timeout:
-                    raise StudyBusy(
-                        f"{self.path} stayed locked for {self.timeout:.0f} s. Is a worker stopped "
-                        "half-way, or has this file system no locks (see check_cluster.py)?"
-                    ) from error
-            # At first below a millisecond; later up to 20 ms, to spare a network file system.
-            time.sleep(random.uniform(0.0002, min(0.001 + waited / 50, 0.02)))
+                now = time.monotonic()
+                if not seen or now - since > self.timeout:
+                    seen, before, since = self._last_write(), seen, now
+                    if seen == before:
+                        raise StudyBusy(
+                            f"{self.path} stayed locked for {self.timeout:.0f} s, and nobody wrote."
+                            " Is a worker stopped half-way, or has this file system no locks (see "
+                            "check_cluster.py)?"
+                        ) from error
+            # At first below a millisecond; later up to 20 ms, to spare a network file system; and
+            # who has lost for long asks more often than those who come.
+            longest = min(0.001 + (now - start) / 50, 0.02) if now - start < 2 else 0.003
+            time.sleep(random.uniform(0.0002, longest))
+
+    def _last_write(self) -> tuple[int, ...]:
+        """Return what changes with each transaction of anybody; never opens the file."""
+        found: tuple[int, ...] = ()
+        for path in (self.path, f"{self.path}-journal"):
+            with suppress(FileNotFoundError):
+                found += os.stat(path).st_mtime_ns, os.stat(path).st_size
+        return found
 
     def read(self, sql: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Return all rows of one SELECT, which is one consistent picture."""

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -78,8 +78,9 @@ def copy_study(settings: Settings, url: str) -> str:
         _check_free(settings)
         copied = _copy_folder(source.checkpoints, settings.checkpoints)
         try:
-            _write_to(settings, content)
-            _check_quiet(content, _read(storage, number), source)
+            _write_to(
+                settings, content, lambda: _check_quiet(content, _read(storage, number), source)
+            )
         except BaseException:
             if copied:
                 shutil.rmtree(settings.checkpoints)
@@ -116,19 +117,22 @@ def _in_memory(content: _Content) -> Any:
     return memory
 
 
-def _write_to(settings: Settings, content: _Content) -> None:
+def _write_to(settings: Settings, content: _Content, check: Callable[[], None]) -> None:
+    """Write a study to STUDY_DB; `check` is called last, and what it raises undoes all."""
     path = settings.sqlite_path
     if path and not path.exists():
         with (
             closing(_in_memory(content)) as memory,
             whole_copy(memory, str(path)) as copy,
         ):
+            check()
             os.link(copy, path)
         return
     storage = open_storage(settings, create=True)
     assert isinstance(storage, SQLiteStorage)
     with storage.file.write() as db:
         _write(db, content)
+        check()
 
 
 def _check_free(settings: Settings) -> None:

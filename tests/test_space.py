@@ -284,7 +284,7 @@ def test_first_trials_are_pruned_but_not_after_what_may_be_their_last_report() -
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_halving_decides_as_optunas_whatever_the_numbers_of_the_steps(direction: str) -> None:
+def test_halving_decides_as_optunas_whatever_the_numbers_of_the_steps(direction: Any) -> None:
     stopped: list[list[int]] = []
     optunas = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
     ours = pruners.make_pruner(Settings.from_env())

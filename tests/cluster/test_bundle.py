@@ -315,7 +315,7 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
     seconds = 'open("long", "w") and 600 if not trial.number and not os.path.exists("long") else 6'
     bundle.insert(f"import os, time; time.sleep({seconds})", before="loss, _ = evaluate(")
     settings = {"TOTAL_TRIALS": "24", "TRAIN_IMAGES": "2000", "PRUNER": "none"}
-    given = {**QUICK, **settings, "CHAIN_JOBS": "9"}
+    given = {**QUICK, **settings, "CHAIN_JOBS": "99"}
     export = "--export=" + ",".join(f"{name}={value}" for name, value in given.items())
     jobs = [bundle.submit("--time=3", "--mem=100G", "--exclude=n3", export)]
     bundle.finish(jobs[0])

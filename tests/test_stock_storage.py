@@ -194,7 +194,7 @@ def test_nor_does_a_worker_s_log_or_the_list_of_processes(
     with pytest.raises(UserError, match="everybody sees the password"):
         init_optuna_db.main()
     monkeypatch.setenv("STUDY_DB", "mysql://user:p@ss@host/db")
-    with pytest.raises(UserError, match="in a password write / [?] # @ as %2F"):
+    with pytest.raises(UserError, match=r"in a password write / [?] # @ as %2F"):
         Settings.from_env()
 
 

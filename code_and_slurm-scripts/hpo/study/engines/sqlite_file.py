@@ -30,6 +30,7 @@ from optuna.study import StudyDirection
 
 from hpo.files import sync
 from hpo.study.engines import LOCK, SCHEMA, EngineError, Transaction, Version
+from hpo.study.engines.kept import refuse_loss
 
 T = TypeVar("T")
 
@@ -326,25 +327,3 @@ class StudyFile:
             refuse_loss(copy, target)
             os.replace(copy, target)
         return True
-
-
-def refuse_loss(copy: str, target: str) -> None:
-    """Raise CorruptStudy if a backup has a study, or trials of one, that its successor has not."""
-    now = _trials_by_study(copy)
-    for name, trials in _trials_by_study(target).items():
-        if now.get(name, -1) < trials:
-            left = f"has {now[name]}" if name in now else "is not there"
-            raise CorruptStudy(
-                f"study {name!r} {left}, and {trials} trials in its backup, which stays as it is: "
-                f"if that is meant, move it away: {target}"
-            )
-
-
-def _trials_by_study(path: str) -> dict[str, int]:
-    """Return how many trials each study of a file has; nothing of a file that cannot be read."""
-    sql = "SELECT study_name, count(trial_id) FROM studies LEFT JOIN trials USING (study_id) "
-    try:
-        with closing(sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True)) as db:
-            return dict(db.execute(sql + "GROUP BY study_id").fetchall())
-    except sqlite3.Error:
-        return {}

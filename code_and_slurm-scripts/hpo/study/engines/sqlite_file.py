@@ -315,7 +315,7 @@ class StudyFile:
 
         The copy is consistent (sqlite3's backup), checked and on the disk before it takes the
         name; a damaged study never replaces a good backup, nor does one that has lost trials.
-        Returns whether a copy was made.  Raises CorruptStudy, DiskFull.
+        Returns whether a copy was made.  Raises EngineError.
         """
         target = os.path.abspath(target)
         if is_young(target, max_age):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from optuna.trial import TrialState
 from common import HELPERS, SCRIPTS, Run
 from hpo.job import return_trials
 from hpo.settings import Settings, UserError
+from hpo.show import progress
 from hpo.site import fault_of
 from hpo.study import served
 from hpo.study.opening import backup_in_use, create_or_open_study, open_study
@@ -265,6 +267,27 @@ def test_others_may_look_at_the_backup_and_do_no_more(
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "is a backup, which can be looked at only" in result.stderr
     assert not own_study.with_name("checkpoints").exists()
+
+
+def test_the_view_follows_the_backup_which_is_a_new_file_each_time(
+    own_study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = create_or_open_study(Settings.from_env())
+    backup = own_study.with_name("study.db.backup")
+
+    def another_trial(seconds: float = 0.0) -> None:
+        assert len(study.get_trials()) < 5, "the view stands still"
+        study.add_trial(optuna.trial.create_trial(value=1.0))
+        file = storage_of(study).file  # type: ignore[attr-defined]
+        assert file.backup(backup, max_age=0)
+
+    another_trial()
+    clock = SimpleNamespace(monotonic=time.monotonic, strftime=time.strftime, sleep=another_trial)
+    monkeypatch.setattr(progress, "time", clock)
+    settings = Settings.from_env(STUDY_DB=f"sqlite:///{backup}", TOTAL_TRIALS="3")
+    progress.follow(open_study(settings), settings)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1", "2", "3"]
 
 
 def test_only_one_server_and_a_dead_job_s_is_forgotten(own_study: Path) -> None:

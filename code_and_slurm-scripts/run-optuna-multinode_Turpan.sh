@@ -58,7 +58,7 @@ STUDY_DB="${STUDY_DB:-sqlite:///study.db}" # relative to this folder
 STUDY_NAME="${STUDY_NAME:-mnist_hpo}"
 TOTAL_TRIALS="${TOTAL_TRIALS:-500}" # in the whole study, over all workers and all jobs
 SAMPLER="${SAMPLER:-tpe}"           # see README.txt
-PRUNER="${PRUNER:-median}"
+PRUNER="${PRUNER:-halving}"
 # ---------------------------------------
 
 # sbatch runs a copy of this script, so the bundle is where the job was submitted, not at $0.

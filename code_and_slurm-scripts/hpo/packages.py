@@ -83,8 +83,11 @@ def pip_command(*requirements: str) -> str:
     A bare name is given its tested version.
     """
     known = pinned()
-    words = [known.get(text.lower(), text) for text in requirements]
-    words = [f"'{word}'" if re.search(r"[<>;\s*]", word) else word for word in words]
+    words = [
+        known.get(name_of(text), text) if re.fullmatch(r"[\w.-]+(\[\w+\])?", text) else text
+        for text in requirements
+    ]
+    words = [f"'{word}'" if re.search(r"[<>;\s*\[]", word) else word for word in words]
     for launcher in ("apptainer", "singularity"):
         if image := os.environ.get(f"{launcher.upper()}_CONTAINER"):
             # Where there is a network: that is on the login node.

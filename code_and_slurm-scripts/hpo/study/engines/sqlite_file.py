@@ -18,23 +18,20 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 
 from hpo.files import sync
+from hpo.study.engines import LOCK, SCHEMA, EngineError, Transaction, Version
 
 T = TypeVar("T")
-
-SCHEMA = "v3.2.0.a"  # Optuna 5.0's own name for its tables (alembic_version)
 
 # Ours, beside Optuna's tables; Optuna ignores it. `owner` is NULL while the trial waits in the
 # queue; the row goes when the trial is finished. The trigger is for a study that stock Optuna
@@ -48,22 +45,10 @@ LEASES = (
 )
 
 
-class Version(NamedTuple):
-    """Of a study's file, as one process sees it: if it is the same, nothing has changed."""
-
-    connection: int  # the process's first, second, …; `others` begins anew in each
-    writes: int  # of this process
-    others: int  # SQLite's data_version: it moves when somebody else has written
-
-
-# One thread at a time, for all studies of the process. Taken around fork() as well, so that a
-# child never inherits a half-done transaction, which it would roll back in the parent's file.
-LOCK = threading.RLock()
-os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 _inherited: list[sqlite3.Connection] = []  # a parent's connections: kept, because closing acts
 
 
-class StudyFileError(StorageInternalError):
+class StudyFileError(EngineError):
     """The study's file cannot be used; the message says which file, why, and what to do."""
 
 
@@ -107,15 +92,10 @@ def create_study_file(
     Returns whether this call made the file. Raises DiskFull, StudyFileError, or OSError where
     the folder is missing.
     """
-    memory = sqlite3.connect(":memory:")
-    stock = RDBStorage("sqlite://", engine_kwargs={"creator": lambda: memory})
-    if study_name is not None:
-        stock.create_new_study([StudyDirection[d.upper()] for d in directions], study_name)
-    stock.remove_session()
-    for statement in LEASES:
-        memory.execute(statement)
-    with _new_copy(memory, path) as copy:
-        stock.engine.dispose()
+    with (
+        closing(new_database(study_name, directions)) as memory,
+        whole_copy(memory, path) as copy,
+    ):
         try:
             os.link(copy, path)
         except FileExistsError:
@@ -123,8 +103,24 @@ def create_study_file(
     return True
 
 
+def new_database(
+    study_name: str | None = None, directions: Sequence[str] = ("minimize",)
+) -> sqlite3.Connection:
+    """Return a database in memory with all tables, and its first study if a name is given."""
+    memory = sqlite3.connect(":memory:")
+    stock = RDBStorage("sqlite://", engine_kwargs={"creator": lambda: memory})
+    if study_name is not None:
+        stock.create_new_study([StudyDirection[d.upper()] for d in directions], study_name)
+    stock.remove_session()
+    stock.engine.dispose(close=False)  # the connection stays
+    for statement in LEASES:
+        memory.execute(statement)
+    memory.commit()
+    return memory
+
+
 @contextmanager
-def _new_copy(source: sqlite3.Connection, target: str) -> Iterator[str]:
+def whole_copy(source: sqlite3.Connection, target: str) -> Iterator[str]:
     """Give the path of a copy of `source` beside `target`, on the disk; removed at the end."""
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.new")
@@ -144,6 +140,15 @@ def _new_copy(source: sqlite3.Connection, target: str) -> Iterator[str]:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def is_young(path: str | os.PathLike[str], max_age: float) -> bool:
+    """Return whether there is a file that was written less than `max_age` seconds ago."""
+    try:
+        # A time in the future was set by a host with another clock: it says nothing.
+        return 0 <= time.time() - os.stat(path).st_mtime < max_age
+    except FileNotFoundError:
+        return False
 
 
 class StudyFile:
@@ -280,6 +285,9 @@ class StudyFile:
             if db.in_transaction:
                 db.execute("ROLLBACK")  # nothing was written
 
+    def lock(self, db: Transaction, table: str, row_id: int) -> None:
+        """Do nothing: BEGIN IMMEDIATE has locked the file."""
+
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
         """Give the connection inside one transaction: all of it is on the disk, or nothing."""
@@ -305,17 +313,38 @@ class StudyFile:
         """Copy the study to `target` unless that is younger than `max_age` seconds.
 
         The copy is consistent (sqlite3's backup), checked and on the disk before it takes the
-        name; a damaged study never replaces a good backup. Returns whether a copy was made.
-        Raises CorruptStudy, DiskFull.
+        name; a damaged study never replaces a good backup, nor does one that has lost trials.
+        Returns whether a copy was made.  Raises CorruptStudy, DiskFull.
         """
         target = os.path.abspath(target)
-        with suppress(FileNotFoundError):
-            # A time in the future was set by a host with another clock: it says nothing.
-            if 0 <= time.time() - os.stat(target).st_mtime < max_age:
-                return False
+        if is_young(target, max_age):
+            return False
         with (
             closing(sqlite3.connect(f"{Path(self.path).as_uri()}?mode=rw", uri=True)) as source,
-            _new_copy(source, target) as copy,
+            whole_copy(source, target) as copy,
         ):
+            refuse_loss(copy, target)
             os.replace(copy, target)
         return True
+
+
+def refuse_loss(copy: str, target: str) -> None:
+    """Raise CorruptStudy if a backup has a study, or trials of one, that its successor has not."""
+    now = _trials_by_study(copy)
+    for name, trials in _trials_by_study(target).items():
+        if now.get(name, -1) < trials:
+            left = f"has {now[name]}" if name in now else "is not there"
+            raise CorruptStudy(
+                f"study {name!r} {left}, and {trials} trials in its backup, which stays as it is: "
+                f"if that is meant, move it away: {target}"
+            )
+
+
+def _trials_by_study(path: str) -> dict[str, int]:
+    """Return how many trials each study of a file has; nothing of a file that cannot be read."""
+    sql = "SELECT study_name, count(trial_id) FROM studies LEFT JOIN trials USING (study_id) "
+    try:
+        with closing(sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True)) as db:
+            return dict(db.execute(sql + "GROUP BY study_id").fetchall())
+    except sqlite3.Error:
+        return {}

@@ -5,9 +5,9 @@
 
 The names are those of the USER CONFIG block in run-optuna-multinode_Turpan.sh.  Every script calls
 `Settings.from_env()`: the first call of a process reads the environment, later ones return that.
-The launch scripts also set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix
-seconds), DRAIN_FILE (hpo/drain.py), ALIVE_JOBS (the user's jobs in Slurm's queue) and WORKER_TOKEN
-(hpo/job/keep_running.sh).
+The launch scripts also set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_USER,
+SLURM_JOB_END_TIME (Unix seconds), DRAIN_FILE (hpo/drain.py), ALIVE_JOBS (the user's jobs in
+Slurm's queue) and WORKER_TOKEN (hpo/job/keep_running.sh).
 
 This module and hpo/gpu.py import nothing but the standard library, so that they start at once on a
 login node.

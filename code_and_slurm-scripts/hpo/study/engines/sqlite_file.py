@@ -220,13 +220,9 @@ class StudyFile:
                 self._connection = None
 
     def _patiently(self, step: Callable[..., T], *args: Any) -> T:
-        """Call `step` until the lock is free.
-
-        Raises StudyBusy when nobody has written for `timeout` seconds: a slow node that loses
-        every race against others waits on.
-        """
+        """Call `step` until the lock is free. Raises StudyBusy after `timeout` idle seconds."""
         start = since = time.monotonic()
-        seen: tuple[int, ...] = ()
+        seen = 0  # the last write: who loses every race, behind a slow link, waits on
         while True:
             try:
                 return step(*args)
@@ -235,25 +231,15 @@ class StudyFile:
                     raise
                 now = time.monotonic()
                 if not seen or now - since > self.timeout:
-                    seen, before, since = self._last_write(), seen, now
+                    before, seen, since = seen, os.stat(self.path).st_mtime_ns, now
                     if seen == before:
                         raise StudyBusy(
                             f"{self.path} stayed locked for {self.timeout:.0f} s, and nobody wrote."
                             " Is a worker stopped half-way, or has this file system no locks (see "
                             "check_cluster.py)?"
                         ) from error
-            # At first below a millisecond; later up to 20 ms, to spare a network file system; and
-            # who has lost for long asks more often than those who come.
-            longest = min(0.001 + (now - start) / 50, 0.02) if now - start < 2 else 0.003
-            time.sleep(random.uniform(0.0002, longest))
-
-    def _last_write(self) -> tuple[int, ...]:
-        """Return what changes with each transaction of anybody; never opens the file."""
-        found: tuple[int, ...] = ()
-        for path in (self.path, f"{self.path}-journal"):
-            with suppress(FileNotFoundError):
-                found += os.stat(path).st_mtime_ns, os.stat(path).st_size
-        return found
+            # At first below a millisecond; later up to 20 ms, to spare a network file system.
+            time.sleep(random.uniform(0.0002, min(0.001 + (now - start) / 50, 0.02)))
 
     def read(self, sql: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Return all rows of one SELECT, which is one consistent picture."""

@@ -17,16 +17,21 @@ never changed.  A study with another objective or direction is refused (exit sta
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from hpo import packages, script
+from hpo.search.known import KNOWN, begin_with, known_for, offered
 from hpo.search.objectives import check_objectives
 from hpo.search.pruners import check_search
+from hpo.search.remembered import plan_of
 from hpo.settings import Settings, run_script
 from hpo.study.opening import create_or_open_study
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.served import forget_dead_server
 from hpo.study.storage import SQLiteStorage
 from hpo.study.trials import count
+
+USED = ("prepare", KNOWN)  # of the script, which is imported only for them
 
 
 def main() -> int:
@@ -39,10 +44,10 @@ def main() -> int:
     check_objectives(settings)
     script.check_needs(settings.py_script)
     check_search(settings)
-    if script.defines(settings.py_script, "prepare"):
-        script.load(settings.py_script).need("prepare", "init_optuna_db.py")()
     forget_dead_server(settings)
+    found = prepare(settings)
     study = create_or_open_study(settings)
+    begin_with(study, found)
     storage = storage_of(study)
     if isinstance(storage, SQLiteStorage):
         # Jobs that have left Slurm's queue hold nothing any more; other workers have a grace.
@@ -57,6 +62,20 @@ def main() -> int:
         f"({counts.total - counts.left + counts.running + counts.waiting} of {counts.total} trials)"
     )
     return 0
+
+
+def prepare(settings: Settings) -> list[dict[str, Any]]:
+    """Let the script prepare its data; return what its study begins with (hpo/search/known.py)."""
+    known = settings.known_good or settings.from_study
+    if not known and not any(script.defines(settings.py_script, name) for name in USED):
+        return []
+    loaded = script.load(settings.py_script)
+    if loaded.offers("prepare"):
+        loaded.need("prepare", "init_optuna_db.py")()
+    if not offered(settings, loaded):
+        return []
+    with script.as_if_launched(settings.py_script):
+        return known_for(settings, loaded, plan_of(settings, loaded))
 
 
 def arguments() -> argparse.Namespace:

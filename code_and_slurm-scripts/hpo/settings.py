@@ -35,6 +35,7 @@ SERVER_URLS = ("postgresql", "mysql", "journal", "grpc")  # besides sqlite; see 
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "bruteforce", "nsgaii", "gp", "qmc")
 PRUNERS = ("median", "percentile", "halving", "hyperband", "wilcoxon", "none")
 DIRECTIONS = ("minimize", "maximize")
+FINALISTS = 5  # best configurations that run again, with FINAL_SEEDS
 TRAIN_IMAGES = 50_000  # most images that a trial trains on, whatever a script counts as one
 
 
@@ -57,6 +58,9 @@ VARIABLES = (
     Variable("SAMPLER", "tpe", "how parameters are chosen; tpe:n_startup_trials=20 sets options"),
     Variable("PRUNER", "median", "which trials are stopped; median:n_warmup_steps=2 likewise"),
     Variable("FIX", "", "batch_size=64,…: parameters that are not searched"),
+    Variable("KNOWN_GOOD", "", "a JSON file: a list of configurations that are tried first"),
+    Variable("FROM_STUDY", "", "a study, or FILE:STUDY; its five best configurations go first"),
+    Variable("FINAL_SEEDS", "0", "3: the last 10 trials run the best five again, for 3 seeds each"),
     Variable("STOP_VALUE", "", "a value that is good enough: it ends the study"),
     Variable("SEED", "", "of the samplers; repeatable with one worker on a new study"),
     Variable("TRAIN_IMAGES", str(TRAIN_IMAGES), "images a trial trains on; fewer for a quick try"),
@@ -88,6 +92,9 @@ class Settings:
     pruner: str
     pruner_options: dict[str, Any]
     fixed: dict[str, Any]  # parameters that have one value in every trial
+    known_good: Path | None  # a file with configurations that are tried first
+    from_study: tuple[str, str] | None  # STUDY_DB and STUDY_NAME of another one
+    final_seeds: int  # with how many each of the best configurations is trained at the end
     stop_value: float | None
     seed: int | None
     train_images: int
@@ -125,6 +132,11 @@ class Settings:
         if self.study_db.startswith(SQLITE_PREFIX):
             return Path(self.study_db[len(SQLITE_PREFIX) :])
         return None
+
+    @property
+    def final_runs(self) -> int:
+        """How many of the study's trials, its last ones, run the best configurations again."""
+        return FINALISTS * max(self.final_seeds - 1, 0)
 
     @property
     def beside(self) -> Path:
@@ -214,10 +226,12 @@ def _read(environment: Mapping[str, str]) -> Settings:
         raise UserError("SAMPLER=cmaes has one objective only; for several use nsgaii or tpe")
     if env["GPUS_PER_TRIAL"] != "1" and env["WORKERS_PER_GPU"] != "1":
         raise UserError("GPUS_PER_TRIAL and WORKERS_PER_GPU: only one of them can be more than 1")
+    study = _study_url(env["STUDY_DB"]), values.study_name(env["STUDY_NAME"])
+    total_trials = values.integer(env, "TOTAL_TRIALS", 1)
     return Settings(
-        study_db=_study_url(env["STUDY_DB"]),
-        study_name=values.study_name(env["STUDY_NAME"]),
-        total_trials=values.integer(env, "TOTAL_TRIALS", 1),
+        study_db=study[0],
+        study_name=study[1],
+        total_trials=total_trials,
         total_is_given="TOTAL_TRIALS" in given,
         py_script=_py_script(env["PY_SCRIPT"]),
         script_args=values.arguments(env["SCRIPT_ARGS"], "SCRIPT_ARGS"),
@@ -228,12 +242,15 @@ def _read(environment: Mapping[str, str]) -> Settings:
         pruner=pruner,
         pruner_options=pruner_options,
         fixed=values.pairs(env["FIX"], "FIX"),
+        known_good=_file_of(env, "KNOWN_GOOD"),
+        from_study=values.other_study(env["FROM_STUDY"], study, _study_url),
+        final_seeds=values.final_seeds(env, FINALISTS, total_trials, len(objectives)),
         stop_value=values.number(env, "STOP_VALUE") if env["STOP_VALUE"] else None,
         seed=values.integer(env, "SEED", 0, 2**32 - 1) if env["SEED"] else None,
         train_images=values.integer(env, "TRAIN_IMAGES", 128, TRAIN_IMAGES),
         workers_per_gpu=values.integer(env, "WORKERS_PER_GPU", 1, 16),
         gpus_per_trial=values.integer(env, "GPUS_PER_TRIAL", 1, 8),
-        data=values.readable_file(SCRIPTS / env["DATA"], "DATA") if env["DATA"] else None,
+        data=_file_of(env, "DATA"),
         small=values.choice(env, "SMALL", ("0", "1")) == "1",
         keep_best=values.integer(env, "KEEP_BEST", 1),
         max_attempts=values.integer(env, "MAX_ATTEMPTS", 1),
@@ -265,6 +282,10 @@ def _py_script(text: str) -> str:
     if not path.endswith(".py") or len(os.fsencode(path)) > 250:
         raise UserError(f"PY_SCRIPT={text!r} is no Python script; give its name, e.g. my_model.py")
     return path
+
+
+def _file_of(env: Mapping[str, str], name: str) -> Path | None:
+    return values.readable_file(SCRIPTS / env[name], name) if env[name] else None
 
 
 def _study_url(text: str) -> str:

@@ -38,18 +38,28 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo import gpu, script
 from hpo import settings as process
 from hpo.drain import Drain, DrainingPruner
+from hpo.search import finals
+from hpo.search.given import FinalsAreWhole, GivenFirst
 from hpo.search.guard import GuardedPruner, GuardedSampler, SearchFailed
+from hpo.search.known import begin_with, known_for
 from hpo.search.objectives import check_objectives
 from hpo.search.pruners import check_search, make_pruner
 from hpo.search.remembered import Plan, adopt_space, plan_of
-from hpo.search.samplers import assign, make_sampler, sampler_seed
+from hpo.search.samplers import make_sampler, sampler_seed
 from hpo.settings import Settings, UserError, use
 from hpo.site import SITE_FAULT, Patience, SiteFault
 from hpo.study.opening import create_or_open_study
 from hpo.study.optuna_private import storage_of, study_id, trial_id
 from hpo.study.served import ServedStorage
 from hpo.study.storage import NoTrialLeft, SQLiteStorage
-from hpo.study.trials import best_trials, count, same_reason, without_best
+from hpo.study.trials import (
+    best_in_words,
+    best_searched,
+    count,
+    is_final,
+    same_reason,
+    without_best,
+)
 from hpo.study.upkeep import Upkeep
 from hpo.trial import (
     Objective,
@@ -98,8 +108,10 @@ def run_worker(objective: Objective) -> int:
         prepare()
     drain = Drain(settings.job_end, settings.drain_file)
     plan = plan_of(settings, me)
+    found = known_for(settings, me, plan)
     study = create_or_open_study(settings)
     adopt_space(study, settings, plan)
+    plan.known = begin_with(study, found)
     settings = use(_prepare(study, settings, plan))
     study.pruner = DrainingPruner(study.pruner, drain)
     gpu.check(start=settings.gpus_per_trial == 1)
@@ -113,13 +125,19 @@ def run_worker(objective: Objective) -> int:
 
 def _prepare(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
     """Give the study its sampler and pruner; return the settings with its real TOTAL_TRIALS."""
-    seed = sampler_seed(settings.seed, settings.rank, len(study.get_trials(deepcopy=False)))
-    sampler = make_sampler(settings, seed, space=plan.space, combinations=plan.combinations)
-    study.sampler = GuardedSampler(sampler)
+    trials = study.get_trials(deepcopy=False)
+    final = bool(settings.final_runs) or any(map(is_final, trials))
+    seed = sampler_seed(settings.seed, settings.rank, len(trials))
+    sampler = make_sampler(
+        settings, seed, space=plan.space, combinations=plan.combinations, known=plan.known
+    )
+    study.sampler = GivenFirst(GuardedSampler(sampler), plan.known, final)
     if len(study.directions) > 1 and settings.pruner != "none":
         log.info("several objectives: nothing is pruned (PRUNER=%s is not used)", settings.pruner)
         settings = replace(settings, pruner="none", pruner_options={})
     study.pruner = GuardedPruner(make_pruner(settings))
+    if final:
+        study.pruner = FinalsAreWhole(study.pruner)
     return settings
 
 
@@ -194,16 +212,15 @@ class _Loop:
             except SearchFailed:  # the trial was claimed before its parameters were chosen
                 _give_back_all(self.study)
                 raise
+            finals.mark(self.study, self.settings, self.plan, trial)
             self.study.stop = partial(trial.set_user_attr, STOPS, True)  # type: ignore[method-assign]
             if len(self.study.directions) > 1:
                 let_several_objectives_report(trial)
             return trial, True
 
     def limit(self, trials: Sequence[FrozenTrial]) -> int:
-        """Return with how many trials the study ends: a finite space ends when all was tried."""
-        total = self.settings.total_trials
-        if self.plan.combinations:
-            total = min(total, len(trials) + assign(self.plan.combinations, trials)[1])
+        """Return how many trials the study may have now (see hpo/search/finals.py)."""
+        total = finals.limit(self.study, self.settings, self.plan, trials)
         storage = storage_of(self.study)
         if isinstance(storage, SQLiteStorage):
             storage.total_trials = total
@@ -216,7 +233,7 @@ class _Loop:
                 return f"trial {trial.number} has stopped the study"
         wanted = self.settings.stop_value
         if wanted is not None and len(self.study.directions) == 1:
-            best = best_trials(self.study, 1)
+            best = best_searched(self.study, 1)
             maximize = self.study.direction == optuna.study.StudyDirection.MAXIMIZE
             if best and (best[0].values[0] >= wanted if maximize else best[0].values[0] <= wanted):
                 return f"trial {best[0].number} has reached STOP_VALUE={shown(wanted)}"
@@ -289,8 +306,8 @@ def _log_end(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, seconds
     line = f"trial {trial.number} {what} after {seconds:.1f} s ({parameters(trial.params)})"
     if len(study.directions) > 1:
         line += f"; {len(study.best_trials)} trials in the Pareto front"
-    elif best := best_trials(study, 1):
-        line += f"; best so far {values(best[0].values)} (trial {best[0].number})"
+    elif best := best_in_words(study):
+        line += f"; best so far {best}"
     else:
         line += f"; {without_best(study)}"
     log.info(line)

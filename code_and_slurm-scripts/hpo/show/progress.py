@@ -17,8 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.settings import Settings
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.storage import SQLiteStorage
-from hpo.study.trials import Counts, best_trials, count, fail_reasons, without_best
-from hpo.words import cut, shown, values
+from hpo.study.trials import Counts, best_in_words, best_trials, count, fail_reasons, without_best
+from hpo.words import cut, shown
 
 POLL_SECONDS = 2.0
 BAR = 40  # characters
@@ -32,7 +32,7 @@ def best_line(study: optuna.Study) -> str:
         return without_best(study)
     if len(study.directions) > 1:
         return f"{len(best)} trials in the Pareto front"
-    return f"best {values(best[0].values)} (trial {best[0].number})"
+    return f"best {best_in_words(study)}"
 
 
 def running(study: optuna.Study) -> list[str]:

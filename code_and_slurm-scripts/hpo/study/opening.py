@@ -14,17 +14,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial
 
 from hpo import packages
 from hpo.settings import SCRIPTS, Settings, UserError
+from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.served import ServedStorage, Server, find_server, server_path
 from hpo.study.sqlite_file import StudyFileError, create_study_file
 from hpo.study.storage import SQLiteStorage
+from hpo.study.trials import best_trials, without_best
 from hpo.values import check_writable
 
 
@@ -74,6 +79,52 @@ def open_study(settings: Settings) -> Study:
     raise UserError(
         f"STUDY_NAME={settings.study_name!r} is not in {settings.study_db}; studies there: {known}"
     )
+
+
+def remembers(settings: Settings, name: str) -> bool:
+    """Whether the study of `settings` is there, and has that user attribute; creates nothing."""
+    try:
+        return name in open_study(settings).user_attrs
+    except UserError:
+        return False
+
+
+def remember_once(study: Study, name: str, value: Any) -> None:
+    """Set a user attribute of a study that has none of that name; the first who does so decides.
+
+    With a storage of Optuna's own, which has no such transaction, the last one of those who begin
+    a study at the same instant.
+    """
+    storage = storage_of(study)
+    if isinstance(storage, SQLiteStorage):
+        storage.set_study_user_attr_once(study_id(study), name, value)
+    elif name not in study.user_attrs:
+        study.set_user_attr(name, value)
+
+
+def best_of_another(settings: Settings) -> list[FrozenTrial]:
+    """Return the complete trials of FROM_STUDY, the best first; none without it.
+
+    Raises:
+        UserError: there is no such study, or no trial of it is complete.
+    """
+    if settings.from_study is None:
+        return []
+    url, name = settings.from_study
+    other = replace(settings, study_db=url, study_name=name)
+    if other.sqlite_path and not other.sqlite_path.is_file():
+        raise UserError(f"FROM_STUDY: there is no file {other.sqlite_path}")
+    with clear_errors(other):
+        storage = open_storage(other)
+        names = optuna.get_all_study_names(storage=storage)
+        if name not in names:
+            known = ", ".join(sorted(names)) or "none"
+            raise UserError(f"FROM_STUDY: there is no study {name!r}; studies there: {known}")
+        study = optuna.load_study(study_name=name, storage=storage)
+        best = best_trials(study)
+    if not best:
+        raise UserError(f"FROM_STUDY={name}: {without_best(study)}")
+    return best
 
 
 def open_storage(settings: Settings) -> BaseStorage:

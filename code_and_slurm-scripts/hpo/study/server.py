@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +29,10 @@ from hpo.settings import Settings, UserError, run_script
 from hpo.study.optuna_private import make_server
 from hpo.study.served import Server, server_path
 from hpo.study.storage import SQLiteStorage
+from hpo.study.trials import limit
 from hpo.study.upkeep import Upkeep
 
+POLL_SECONDS = 1.0
 THREADS = 4  # per worker: its main thread, its upkeep, and reserve
 
 
@@ -51,20 +54,31 @@ def serve(settings: Settings, workers: int) -> None:
         make_server(storage, host, port, THREADS)
         for storage, port in zip(storages, ports, strict=True)
     ]
+    study = optuna.load_study(study_name=settings.study_name, storage=storages[0])
+    _limit(storages, study, settings)
     for server in servers:
         server.start()
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda signum, frame: ended.set())
     _announce(path, Server(settings.job_id, host, ports))
-    study = optuna.load_study(study_name=settings.study_name, storage=storages[0])
     try:
         # For all workers what each does for itself elsewhere: returns and backups.
         with Upkeep(study, settings):
-            ended.wait()
+            while not ended.wait(POLL_SECONDS):
+                _limit(storages, study, settings)
     finally:
         server_path(path).unlink()
         for server in servers:
             server.stop(grace=5).wait()
+
+
+def _limit(storages: Sequence[SQLiteStorage], study: optuna.Study, settings: Settings) -> None:
+    """Let no worker begin the final runs before the search has ended (see worker.py)."""
+    if settings.final_runs:
+        end = settings.total_trials - settings.final_runs
+        total = limit(study.get_trials(deepcopy=False), end, settings.final_runs)
+        for storage in storages:
+            storage.total_trials = total
 
 
 def _free_ports(number: int) -> list[int]:

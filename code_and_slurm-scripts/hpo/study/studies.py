@@ -58,6 +58,13 @@ class Studies:
         with self._file.write() as db:
             set_attribute(db, kind, study_id, key, value)
 
+    def set_once(self, study_id: int, key: str, value: Any) -> None:
+        """Set a user attribute unless it is there, whoever else tries it at the same time."""
+        known = "SELECT 1 FROM study_user_attributes WHERE study_id = ? AND key = ?"
+        with self._file.write() as db:
+            if not db.execute(known, (study_id, key)).fetchone():
+                set_attribute(db, "study_user", study_id, key, value)
+
     def id_of(self, name: str) -> int:
         """Return the id of a study. Raises KeyError."""
         rows = self._file.read("SELECT study_id FROM studies WHERE study_name = ?", (name,))

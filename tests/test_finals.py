@@ -103,6 +103,22 @@ def test_a_grid_is_whole_and_its_best_run_again(monkeypatch: pytest.MonkeyPatch)
     assert count(open_study(settings), settings).left == 0
 
 
+def test_a_trial_that_is_enqueued_by_hand_is_no_final_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TOTAL_TRIALS", "10")
+    monkeypatch.setenv("FINAL_SEEDS", "2")
+    monkeypatch.setenv("SAMPLER", "random")
+    monkeypatch.setenv("PRUNER", "none")
+    assert wait([known_for_tests.start(0)]) == [0]
+    stock = optuna.load_study(study_name="mnist_hpo", storage=os.environ["STUDY_DB"])
+    stock.enqueue_trial({"x": 0.125})
+    assert wait([known_for_tests.start(0)]) == [0]
+    found = trials()
+    assert [is_final(trial) for trial in found] == [False] * 5 + [True] * 5 + [False]
+    assert (found[10].params["x"], found[10].state) == (0.125, TrialState.COMPLETE)
+
+
 # ---------- What people see ----------
 
 # Trial 0 is best by one run, and by its mean the fourth; 5 and 6 are worse than five others.

@@ -18,6 +18,7 @@ from common import HELPERS, SCRIPTS, Run
 from hpo.script import Script
 from hpo.search.known import KNOWN, begin_with, first_trials, known_for
 from hpo.search.remembered import plan_of
+from hpo.search.samplers import assign
 from hpo.settings import Settings, UserError, forget
 from hpo.study.opening import create_or_open_study, open_study
 from storage_helpers import wait
@@ -88,6 +89,14 @@ def test_a_grid_with_what_is_known_still_tries_each_combination_once(
     monkeypatch.setattr(known_for_tests, "known_good", lambda: [{"a": 3}])
     with pytest.raises(UserError, match=r"a=3 is not in its range: one of 1, 2, 4"):
         found(STUDY_NAME="other")
+
+
+def test_a_known_combination_is_taken_from_the_moment_of_its_claim() -> None:
+    combinations = [{"a": 1}, {"a": 2}, {"a": 3}]
+    running = optuna.create_trial(state=TrialState.RUNNING)
+    running.number = 0
+    assert assign(combinations, [running], [{"a": 3}]) == (0, 2)
+    assert assign(combinations, [running]) == (1, 2)
 
 
 def test_the_first_who_begins_a_study_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from hpo.search.remembered import Plan
 from hpo.search.samplers import end_of
 from hpo.settings import Settings
 from hpo.study import trials as ranking
-from hpo.study.trials import FINAL_OF
+from hpo.study.optuna_private import storage_of, trial_id
+from hpo.study.trials import FINAL_OF, is_final
 
 log = logging.getLogger("hpo.worker")
 
@@ -43,7 +44,10 @@ def mark(study: optuna.Study, settings: Settings, plan: Plan, trial: optuna.Tria
 
     One that goes on is what it was; a worker that dies here leaves one that is judged anew.
     """
-    if not settings.final_runs or trial.params or FINAL_OF in trial.user_attrs:
+    if not settings.final_runs:
+        return
+    frozen = storage_of(study).get_trial(trial_id(trial))
+    if frozen.params or is_final(frozen) or "fixed_params" in frozen.system_attrs:  # enqueued
         return
     end = _end(settings, plan, study.get_trials(deepcopy=False))
     number = ranking.repeated_by(study, trial.number, end)

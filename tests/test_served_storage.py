@@ -18,6 +18,7 @@ from hpo.settings import Settings, UserError
 from hpo.study.opening import create_or_open_study, open_study
 from hpo.study.served import ServedStorage, find_server, server_path
 from hpo.study.storage import SQLiteStorage
+from hpo.study.trials import is_final
 
 OBJECTIVE = HELPERS / "objective_for_tests.py"
 WORKERS = 3
@@ -28,6 +29,7 @@ def server(own_study: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproc
     """Serve the test's study, as hpo/job/job.sh does in job 77."""
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("TOTAL_TRIALS", "12")
+    monkeypatch.setenv("FINAL_SEEDS", "2")
     monkeypatch.setenv("LEASE_GRACE", "2")
     monkeypatch.setenv("PRUNER", "none")
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
@@ -73,6 +75,8 @@ def test_workers_share_a_served_study_and_none_opens_its_file(
     assert [(trial.number, trial.state) for trial in trials] == [
         (number, TrialState.COMPLETE) for number in range(12)
     ]
+    assert [is_final(trial) for trial in trials] == [False] * 7 + [True] * 5
+    assert len({trial.user_attrs["final_of"] for trial in trials[7:]}) == 5
 
 
 def test_trial_of_a_killed_worker_is_run_by_another(server: subprocess.Popen[str]) -> None:

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.study.optuna_private import storage_of, study_id, without
 from hpo.study.trials import FINAL_OF, is_final
+from hpo.words import with_tuples
 
 
 class GivenFirst(BaseSampler):
@@ -33,7 +34,8 @@ class GivenFirst(BaseSampler):
         if is_final(trial):  # from the storage: a study of Hyperband's shows a part of its trials
             trials = storage_of(study).get_all_trials(study_id(study), deepcopy=False)
             number: int = trial.user_attrs[FINAL_OF]
-            return trials[number].params
+            # As search_space has them: through gRPC, tuples among the choices come as lists.
+            return {name: with_tuples(value) for name, value in trials[number].params.items()}
         return self._known[trial.number] if trial.number < len(self._known) else {}
 
     def _seen(self, study: optuna.Study) -> optuna.Study:

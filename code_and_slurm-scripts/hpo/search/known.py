@@ -28,7 +28,7 @@ from hpo.search.remembered import Plan
 from hpo.search.space import misfit
 from hpo.settings import FINALISTS, Settings, UserError
 from hpo.study.opening import best_of_another, remember_once, remembers
-from hpo.words import one_line, parameters, plain
+from hpo.words import one_line, parameters, with_tuples
 
 KNOWN = "known_good"  # the function of a script, and the study's user attribute
 Params: TypeAlias = "dict[str, Any]"
@@ -89,7 +89,7 @@ def begin_with(study: optuna.Study, found: list[Params]) -> list[Params]:
     known = study.user_attrs.get(KNOWN)
     if found and known is None:
         log.info("known_good, FROM_STUDY: not used, for the study has begun without them")
-    return [{name: _with_tuples(value) for name, value in params.items()} for params in known or []]
+    return [{name: with_tuples(value) for name, value in params.items()} for params in known or []]
 
 
 def _of_script(script: Script) -> Any:
@@ -118,22 +118,16 @@ def _numbered(name: str, found: Any) -> list[tuple[str, Params]]:
             f'{name} is no list of configurations; it is like [{{"lr": 0.001, "epochs": 3}}]'
         )
     return [
-        (f"{name}, configuration {number}", {str(key): _with_tuples(x[key]) for key in x})
+        (f"{name}, configuration {number}", {str(key): value for key, value in x.items()})
         for number, x in enumerate(found, 1)
     ]
-
-
-def _with_tuples(value: Any) -> Any:
-    """Return a choice as search_space has it: JSON knows lists alone."""
-    value = plain(value)
-    return tuple(map(_with_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _fitted(
     given: Mapping[str, Any], settings: Settings, script: Script, plan: Plan
 ) -> tuple[Params, str]:
     """Return a configuration as it will be tried, and what is wrong with it; "" if nothing is."""
-    params = {name: settings.fixed.get(name, value) for name, value in given.items()}
+    params = {name: settings.fixed.get(name, with_tuples(given[name])) for name in given}
     if wrong := misfit(script.offers("search_space"), params):
         return params, wrong
     if not plan.combinations:

@@ -143,7 +143,7 @@ def seeds(text: str) -> int:
 
 def print_state(study: optuna.Study, settings: Settings) -> None:
     """Print how far the study is, what failed, the best trials, and their score."""
-    print(f"study {study.study_name} in {settings.study_db}")
+    print(f"study {study.study_name} in {settings.shown_db}")
     print(count(study, settings))
     for reason, number in fail_reasons(study.get_trials(deepcopy=False)):
         print(f"  {number} × {cut(reason)}")
@@ -166,7 +166,7 @@ def print_state(study: optuna.Study, settings: Settings) -> None:
 
 def print_trial(study: optuna.Study, settings: Settings, trial: FrozenTrial) -> None:
     """Print one trial, and the score of its weights."""
-    print(f"study {study.study_name} in {settings.study_db}")
+    print(f"study {study.study_name} in {settings.shown_db}")
     print(f"value       {values(trial.values)} (trial {trial.number})")
     print_params("params", trial)
     print_test_scores(study, settings, trial)

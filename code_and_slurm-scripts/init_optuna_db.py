@@ -4,6 +4,8 @@
     python init_optuna_db.py [STUDY_DB] [STUDY_NAME]
     python init_optuna_db.py sqlite:///study.db mnist_hpo
     python init_optuna_db.py --retry-failed     once the bug is mended: failed trials run again
+    python init_optuna_db.py --copy-from URL    a study of that name, and its checkpoints, from
+                                                another database; while nobody runs it
 
 Both launch scripts call it.  What is not given comes from the environment (hpo/settings.py).
 You should see:
@@ -25,6 +27,7 @@ from hpo.search.objectives import check_objectives
 from hpo.search.pruners import check_search
 from hpo.search.remembered import plan_of
 from hpo.settings import Settings, run_script
+from hpo.study.copying import copy_study
 from hpo.study.opening import create_or_open_study
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.served import forget_dead_server
@@ -40,6 +43,9 @@ def main() -> int:
     given = {"STUDY_DB": options.study_db, "STUDY_NAME": options.study_name}
     settings = Settings.from_env(**{name: value for name, value in given.items() if value})
     packages.check_optuna()
+    if options.copy_from:
+        print(copy_study(settings, options.copy_from))
+        return 0
     script.check(settings.py_script)
     check_objectives(settings)
     script.check_needs(settings.py_script)
@@ -58,7 +64,7 @@ def main() -> int:
             print(f"{len(numbers)} failed trials go back to the queue")
     counts = count(study, settings)
     print(
-        f"study {study.study_name} is ready in {settings.study_db} "
+        f"study {study.study_name} is ready in {settings.shown_db} "
         f"({counts.total - counts.left + counts.running + counts.waiting} of {counts.total} trials)"
     )
     return 0
@@ -89,6 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--retry-failed", action="store_true", help="put the failed trials back into the queue"
     )
+    parser.add_argument("--copy-from", metavar="URL", help="copy the study from that database")
     return parser.parse_args()
 
 

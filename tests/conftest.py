@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from optuna.study import StudyDirection
 
 from common import SCRIPTS, SETTINGS, Run
 from hpo.settings import forget
+from hpo.study.engines.postgresql import PostgreSQL
+from hpo.study.storage import SQLiteStorage
+from postgresql_server import PostgreSQLServer, wanted
+from storage_helpers import NAME, make_study
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +38,34 @@ def own_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STUDY_DB", f"sqlite:///{tmp_path}/study.db")
     monkeypatch.setenv("TRAIN_IMAGES", "1000")
     return tmp_path / "study.db"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[PostgreSQLServer]:
+    """Start a PostgreSQL server; its database `empty` has the tables and the study NAME."""
+    if why := wanted():
+        pytest.skip(why)
+    server = PostgreSQLServer(Path("/tmp") / f"pg-{os.getpid()}")
+    server.sql("postgres", "CREATE DATABASE empty")
+    storage = SQLiteStorage(PostgreSQL(server.url("empty")))
+    storage.create_new_study([StudyDirection.MINIMIZE], NAME)
+    storage.remove_session()
+    yield server
+    server.stop()
+    shutil.rmtree(server.folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Give the test a new study on each engine: study.db, or study.url with a server's URL."""
+    if request.param == "sqlite":
+        yield make_study(tmp_path)
+        return
+    server: PostgreSQLServer = request.getfixturevalue("server")
+    name = server.create("empty")
+    (tmp_path / "study.url").write_text(server.url(name))
+    yield tmp_path / "study.url"
+    server.drop(name)
 
 
 @pytest.fixture

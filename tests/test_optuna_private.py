@@ -10,7 +10,6 @@ from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import create_trial
 
-from common import Run
 from hpo import packages
 from hpo.settings import Settings, UserError
 from hpo.study import optuna_private
@@ -57,7 +56,7 @@ def test_another_optuna_is_refused_before_a_trial(
     assert not own_study.exists()
 
 
-def test_the_batch_script_can_ask(run: Run) -> None:
-    """Python -m hpo.packages, with the Optuna that is installed here: the tested one."""
+def test_the_optuna_that_is_installed_here_is_the_tested_one() -> None:
+    """So begins a job, too: python -m hpo.job.begin."""
     assert packages.version_of("optuna") == optuna.__version__
     packages.check_optuna()

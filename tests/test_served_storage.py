@@ -96,7 +96,7 @@ def test_trial_of_a_killed_worker_is_run_by_another(server: subprocess.Popen[str
 def test_others_read_the_backup_and_other_jobs_are_refused(
     server: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, run: Run, own_study: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"job 77 on .* serves"):
+    with pytest.raises(UserError, match=r"job 77 of .* on .* serves"):
         open_study(Settings.from_env(SLURM_JOB_ID="78"))
     monkeypatch.delenv("SLURM_JOB_ID")
     end = time.monotonic() + 60

@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.study.storage import SQLiteStorage
-from storage_helpers import make_study, open_study, storage_of, suggest
+from storage_helpers import file_of, make_study, open_study, storage_of, suggest
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def fresh(path: Path) -> list[Any]:
 
 def selects(study: optuna.Study) -> list[str]:
     seen: list[str] = []
-    storage_of(study).file.connection().set_trace_callback(
+    file_of(storage_of(study)).connection().set_trace_callback(
         lambda sql: seen.append(sql) if "SELECT" in sql else None
     )
     return seen

@@ -8,11 +8,12 @@ How a worker ends, and with which exit status:
 
     0   the study has its TOTAL_TRIALS trials, or has been stopped, or the worker was asked to stop:
         DRAIN_FILE, or the job's end near   finish the epoch, give the trial back to the queue
-        SIGTERM, Ctrl-C                     give it back at once (the running epoch is lost)
+        SIGTERM, Ctrl-C, the job's end      give it back at once (the running epoch is lost)
     1   the same failure again and again: the objective itself is broken; or most trials failed
         or a GPU was promised, and there is none
     2   a setting is wrong (hpo/settings.py)
     70, 71  CUDA has failed for good (hpo/gpu.py): hpo/job/keep_running.sh starts a new process
+    74  the job's end came in a call that cannot be interrupted: its trial goes back, too
     75  the site: study.db or a disk cannot be used, for minutes; the trial goes back to the queue
 
 One bad trial (out of memory, a loss that is no number, whatever leaves the objective) is recorded
@@ -48,18 +49,12 @@ from hpo.search.remembered import Plan, adopt_space, plan_of
 from hpo.search.samplers import make_sampler, sampler_seed
 from hpo.settings import Settings, UserError, use
 from hpo.site import SITE_FAULT, Patience, SiteFault
+from hpo.study.engines.sqlite_file import DiskFull, StudyBusy
 from hpo.study.opening import create_or_open_study
 from hpo.study.optuna_private import storage_of, study_id, trial_id
 from hpo.study.served import ServedStorage
 from hpo.study.storage import NoTrialLeft, SQLiteStorage
-from hpo.study.trials import (
-    best_in_words,
-    best_searched,
-    count,
-    is_final,
-    same_reason,
-    without_best,
-)
+from hpo.study.trials import best_line, best_searched, count, is_final, same_reason
 from hpo.study.upkeep import Upkeep
 from hpo.trial import (
     Objective,
@@ -107,9 +102,16 @@ def run_worker(objective: Objective) -> int:
     if prepare := me.offers("prepare"):
         prepare()
     drain = Drain(settings.job_end, settings.drain_file)
+    drain.watch_the_end()
     plan = plan_of(settings, me)
     found = known_for(settings, me, plan)
-    study = create_or_open_study(settings)
+    patience = Patience(settings.lease_grace, drain)
+    try:
+        study = patience.call(partial(_open, settings))
+    except SiteFault as error:
+        log.error("%s", error)
+        return SITE_FAULT
+    patience.restore()
     adopt_space(study, settings, plan)
     plan.known = begin_with(study, found)
     settings = use(_prepare(study, settings, plan))
@@ -121,6 +123,16 @@ def run_worker(objective: Objective) -> int:
     except (SiteFault, StorageInternalError) as error:
         log.error("%s", error)
         return SITE_FAULT
+
+
+def _open(settings: Settings) -> optuna.Study:
+    """Open the study; a disk that is full, or away, is the site's fault, all else the user's."""
+    try:
+        return create_or_open_study(settings)
+    except UserError as error:
+        if isinstance(error.__cause__, (DiskFull, StudyBusy)):
+            raise error.__cause__ from None
+        raise
 
 
 def _prepare(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
@@ -304,13 +316,7 @@ def _log_end(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, seconds
     elif outcome.reason:
         what = f"failed ({outcome.reason})"
     line = f"trial {trial.number} {what} after {seconds:.1f} s ({parameters(trial.params)})"
-    if len(study.directions) > 1:
-        line += f"; {len(study.best_trials)} trials in the Pareto front"
-    elif best := best_in_words(study):
-        line += f"; best so far {best}"
-    else:
-        line += f"; {without_best(study)}"
-    log.info(line)
+    log.info("%s; %s", line, best_line(study))
 
 
 def _log_to_stdout(settings: Settings) -> None:

@@ -256,7 +256,7 @@ def test_broken_locks(bundle: Bundle) -> None:
     with bundle.cluster.broken_locks():
         job = bundle.submit()
         bundle.finish(job)
-    assert "Locks do not hold between the nodes" in bundle.log(job)
+    assert "The nodes cannot share the file: one process on" in bundle.log(job)
     bundle.done("locks that hold on one host only", [job], start)
 
 
@@ -306,14 +306,22 @@ for number in json.loads(sys.argv[1]):
 def test_deadline_and_chain(bundle: Bundle) -> None:
     """Before the time limit the workers stop by themselves, and the job submits its successor.
 
-    A trial that was interrupted has the curve of one that never was, to the last bit.
+    So does one that would be in an epoch for longer.  A trial that was interrupted has the curve of
+    one that never was, to the last bit.  What sbatch is given holds for all jobs, and all tasks.
     """
     start = time.monotonic()
-    # Too long for one job on the fastest machine, and for a few more only on a slow one.
-    bundle.insert("import time; time.sleep(6)", before="loss, _ = evaluate(")
+    # Too long for one job on the fastest machine, and for a few more only on a slow one; but for
+    # one epoch, which would never end.
+    seconds = 'open("long", "w") and 600 if not trial.number and not os.path.exists("long") else 6'
+    bundle.insert(f"import os, time; time.sleep({seconds})", before="loss, _ = evaluate(")
     settings = {"TOTAL_TRIALS": "24", "TRAIN_IMAGES": "2000", "PRUNER": "none"}
-    jobs = [bundle.submit("--time=3", CHAIN_JOBS="9", **settings)]
+    given = {**QUICK, **settings, "CHAIN_JOBS": "9"}
+    export = "--export=" + ",".join(f"{name}={value}" for name, value in given.items())
+    jobs = [bundle.submit("--time=3", "--mem=100G", "--exclude=n3", export)]
     bundle.finish(jobs[0])
+    first = "".join(bundle.log(jobs[0], worker) for worker in range(4))
+    assert "the job ends in 45 s: the running epoch is interrupted" in first, first
+    assert "trial 0 back to the queue" in first
     states = Counter(state for _, state in bundle.trials())
     assert states["RUNNING"] + states["FAIL"] == 0, states
     assert "The study is complete." not in bundle.log(jobs[0])
@@ -321,7 +329,9 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
         found = re.search(r"^Submitted batch job (\d+)$", bundle.log(jobs[-1]), re.MULTILINE)
         assert found, bundle.log(jobs[-1])
         jobs.append(int(found[1]))
-        assert bundle.cluster.job(jobs[-1])["TimeLimit"] == "00:03:00"  # as that of the first
+        has = bundle.cluster.job(jobs[-1])  # as the first
+        assert (has["TimeLimit"], has["MinMemoryNode"]) == ("00:03:00", "100G")
+        assert (has["ExcNodeList"], has["NumNodes"]) == ("n3", "2"), has
         bundle.finish(jobs[-1])
     assert "Submitted" not in bundle.log(jobs[-1])
     bundle.done(f"time limit, chain of {len(jobs)} jobs", jobs, start, total=24)
@@ -357,6 +367,32 @@ def test_larger_model(bundle: Bundle) -> None:
     bundle.finish(both)
     bundle.done("  … each trial on both GPUs of a node", [both], start, total=4, study="both.db")
     assert bundle.workers(both) == {0: "n1", 1: "n2"}
+
+
+def test_another_site(bundle: Bundle) -> None:
+    """The header of OTHER_SITE.txt, and the Python of a module in the place of a container.
+
+    No file is for others to read, and the site sets a TMPDIR that is not there.
+    """
+    start = time.monotonic()
+    here = bundle.cluster.shared / bundle.scripts.lstrip("/")
+    header = re.findall(r"^    (#SBATCH .*)$", (here / "OTHER_SITE.txt").read_text(), re.M)
+    old, _, rest = (here / SCRIPT).read_text().partition("\nset -euo")
+    kept = [line for line in old.splitlines() if re.match(r"#SBATCH --(job|out|open|sig)", line)]
+    module = f"PATH={bundle.folder}/bin:$PATH; umask 077; export TMPDIR=/none"
+    body = rest.replace("# module load …", module, 1)
+    assert module in body
+    (here / "ours.sh").write_text("\n".join(["#!/bin/bash", *kept, *header, f"set -euo{body}"]))
+    python = here.parent / "bin" / "python3"
+    python.parent.mkdir()
+    command = f"exec apptainer exec --bind /work {bundle.cluster.image} python"
+    python.write_text(f'#!/bin/bash\n{command} "$@"\n')
+    python.chmod(0o755)
+    job = bundle.submit(script="ours.sh", CONTAINER="", TOTAL_TRIALS="3", BINDS="/none")
+    bundle.finish(job)
+    bundle.done("another site, without a container", [job], start, total=3)
+    assert (bundle.cluster.job(job)["Partition"], list(bundle.workers(job))) == ("gpu", [0, 1])
+    assert (here / "study.db").stat().st_mode & 0o077 == 0
 
 
 def test_estimate(bundle: Bundle) -> None:

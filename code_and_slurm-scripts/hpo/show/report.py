@@ -91,7 +91,7 @@ def facts(study: optuna.Study, settings: Settings, names: list[str]) -> dict[str
         "Trials": _numbers(trials),
         "Best trial": _best(study, names),
         "Settings": {
-            "storage": settings.study_db,
+            "storage": settings.shown_db,
             "objective": str(study.user_attrs.get("py_script", settings.py_script)),
             "direction": ", ".join(
                 f"{direction.name.lower()} {name}"

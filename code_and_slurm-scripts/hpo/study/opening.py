@@ -4,7 +4,7 @@
     study = open_study(settings)              check_best_model.py: never creates anything, and needs
                                               no permission to write
 
-sqlite:/// is the bundle's own storage (storage.py); postgresql://, mysql://, journal:/// and
+sqlite:/// and postgresql:// are the bundle's own storage (storage.py); mysql://, journal:/// and
 grpc:// are Optuna's.  A study remembers which script's objective it belongs to (user attribute
 `py_script`), its direction, and its inputs: another objective is refused rather than mixed in.
 """
@@ -23,14 +23,17 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
-from hpo import packages
+from hpo import packages, values
 from hpo.settings import SCRIPTS, Settings, UserError
+from hpo.study.engines import EngineError
+from hpo.study.engines.postgresql import PostgreSQL
+from hpo.study.engines.sqlite_file import create_study_file
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.served import ServedStorage, Server, find_server, server_path
-from hpo.study.sqlite_file import StudyFileError, create_study_file
 from hpo.study.storage import SQLiteStorage
 from hpo.study.trials import best_trials, without_best
 from hpo.values import check_writable
+from hpo.words import one_line
 
 
 def create_or_open_study(settings: Settings) -> Study:
@@ -50,7 +53,7 @@ def create_or_open_study(settings: Settings) -> Study:
     with clear_errors(settings):
         if path and not path.exists():
             create_study_file(str(path), settings.study_name, settings.directions)
-        return _add_study(open_storage(settings), settings)
+        return _add_study(open_storage(settings, create=True), settings)
 
 
 def open_study(settings: Settings) -> Study:
@@ -77,7 +80,7 @@ def open_study(settings: Settings) -> Study:
             return optuna.load_study(study_name=settings.study_name, storage=storage)
     known = ", ".join(sorted(names)) or "none"
     raise UserError(
-        f"STUDY_NAME={settings.study_name!r} is not in {settings.study_db}; studies there: {known}"
+        f"STUDY_NAME={settings.study_name!r} is not in {settings.shown_db}; studies there: {known}"
     )
 
 
@@ -127,14 +130,19 @@ def best_of_another(settings: Settings) -> list[FrozenTrial]:
     return best
 
 
-def open_storage(settings: Settings) -> BaseStorage:
-    """Return the storage behind STUDY_DB; raises UserError if it needs what is not there."""
+def open_storage(settings: Settings, create: bool = False) -> BaseStorage:
+    """Return the storage behind STUDY_DB; raises UserError if it needs what is not there.
+
+    In a PostgreSQL database nothing is made unless `create` is true.
+    """
     scheme, _, rest = settings.study_db.partition("://")
     if settings.sqlite_path and (server := find_server(settings.sqlite_path)):
         return _served_storage(settings, server)
     if settings.sqlite_path:
         path = settings.sqlite_path
         return SQLiteStorage.of(settings, path, settings.worker, readonly=not _may_write(path))
+    if url := settings.postgresql_url:
+        return SQLiteStorage.of(settings, PostgreSQL(url, create=create), settings.worker)
     if scheme == "journal":
         from optuna.storages.journal import JournalFileBackend
 
@@ -145,7 +153,8 @@ def open_storage(settings: Settings) -> BaseStorage:
     try:
         return RDBStorage(settings.study_db)
     except Exception as error:  # the driver is missing, or nobody answers: both are the user's
-        raise UserError(f"STUDY_DB={settings.study_db!r} cannot be opened: {error}") from error
+        text = values.without_password(one_line(error))
+        raise UserError(f"STUDY_DB={settings.shown_db!r} cannot be opened: {text}") from error
 
 
 def _served_storage(settings: Settings, server: Server) -> BaseStorage:
@@ -157,7 +166,8 @@ def _served_storage(settings: Settings, server: Server) -> BaseStorage:
     backup = settings.backup_path
     if settings.job_id or not backup or not backup.exists():
         raise UserError(
-            f"job {server.job_id} on {server.host} serves {settings.sqlite_path}: wait until it "
+            f"job {server.job_id.replace('@', ' of ')} on {server.host} serves "
+            f"{settings.sqlite_path}: wait until it "
             f"has ended (if it has, delete {server_path(settings.sqlite_path)})"
         )
     print(f"(as of less than a minute ago: {server.host} owns the study, this is its backup)")
@@ -171,10 +181,10 @@ def _may_write(path: Path) -> bool:
 
 @contextmanager
 def clear_errors(settings: Settings) -> Iterator[None]:
-    """Turn what can be wrong with the study's file into one clear line."""
+    """Turn what can be wrong with the study's database into one clear line."""
     try:
         yield
-    except StudyFileError as error:
+    except EngineError as error:
         backup = settings.backup_path
         hint = f"; its last backup is {backup}" if backup and backup.exists() else ""
         raise UserError(f"{error}{hint}") from error

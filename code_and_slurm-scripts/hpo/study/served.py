@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.settings import Settings
 from hpo.study.held import NoTrialLeft
+from hpo.study.leases import has_ended
 
 
 class Server(NamedTuple):
@@ -39,14 +40,11 @@ def find_server(database: Path) -> Server | None:
 
 
 def forget_dead_server(settings: Settings) -> None:
-    """Remove study.db.server if the job that wrote it has left Slurm's queue."""
-    server = find_server(settings.sqlite_path) if settings.sqlite_path else None
-    if not server or not settings.sqlite_path or settings.alive_jobs is None:
+    """Remove study.db.server if the job that wrote it is known to have left Slurm's queue."""
+    if not (path := settings.sqlite_path) or not (server := find_server(path)):
         return
-    number = server.job_id.split(".")[0]
-    requeued = number == settings.job_id.split(".")[0] and server.job_id != settings.job_id
-    if requeued or number not in settings.alive_jobs:
-        server_path(settings.sqlite_path).unlink(missing_ok=True)
+    if has_ended(server.job_id, settings.job_id, settings.alive_jobs):
+        server_path(path).unlink(missing_ok=True)
 
 
 class ServedStorage(GrpcStorageProxy):

@@ -100,7 +100,7 @@ def main() -> int:
     """Serve the study of the environment; return the exit status."""
     settings = Settings.from_env()
     if settings.sqlite_path is None:
-        raise UserError(f"STUDY_DB={settings.study_db!r} has a server of its own")
+        raise UserError(f"STUDY_DB={settings.shown_db!r} has a server of its own")
     serve(settings, int(sys.argv[1]))
     return 0
 

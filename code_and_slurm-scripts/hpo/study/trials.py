@@ -260,6 +260,15 @@ def to_keep(study: optuna.Study, most: int) -> set[int]:
     return {trial.number for trial in [*best_trials(study, most), *best]}
 
 
+def best_line(study: optuna.Study) -> str:
+    """Return the best so far in words; of several objectives, the size of the Pareto front."""
+    if not (best := best_trials(study)):
+        return without_best(study)
+    if len(study.directions) > 1:
+        return f"{len(best)} trials in the Pareto front"
+    return f"best {best_in_words(study)}"
+
+
 def best_in_words(study: optuna.Study) -> str:
     """Return which model is best, and what the best single value would have said; "" if none is."""
     single = best_searched(study, 1)

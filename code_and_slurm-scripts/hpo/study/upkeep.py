@@ -4,7 +4,7 @@ A thread wakes several times per grace period and
 
     renews the lease of the trial that is running, so that nobody takes it for dead,
     returns the trials of dead workers to the queue,
-    copies study.db to study.db.backup if that is older than BACKUP_SECONDS.
+    copies the study to its backup (study.db.backup) if that is older than BACKUP_SECONDS.
 
 Only the bundle's own storage has leases and backups; with any other storage there is nothing to
 do, and no thread.
@@ -20,9 +20,10 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 
 from hpo.settings import Settings
+from hpo.study.copying import backup
+from hpo.study.engines import EngineError
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.served import ServedStorage
-from hpo.study.sqlite_file import StudyFileError
 from hpo.study.storage import SQLiteStorage
 
 BACKUP_SECONDS = 40.0  # with the wake-ups between, a backup is never older than 60 s
@@ -79,6 +80,6 @@ class Upkeep:
             for number in storage.return_stale_trials(self._study_id):
                 log.info("trial %d of a worker that died goes back to the queue", number)
             if self._backup:
-                storage.backup(self._backup, max_age)
-        except (StudyFileError, OSError) as error:  # a full disk ends no training
+                backup(storage, self._study_id, self._backup, max_age)
+        except (EngineError, OSError) as error:  # a full disk ends no training
             log.warning("%s", error)

@@ -193,6 +193,9 @@ def _run(
             backend = "nccl"
             torch.cuda.set_device(each)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: no network needed
+        # As torchrun does: the Trainer of transformers looks there.
+        os.environ.update(RANK=str(each), LOCAL_RANK=str(each))
+        os.environ.update(WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number))
         distributed.init_process_group(
             backend, init_method=f"file://{meeting}", rank=each, world_size=number
         )

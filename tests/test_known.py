@@ -161,7 +161,7 @@ def test_a_configuration_outside_the_space(
         ("{folder}/old.db:new", "FROM_STUDY: there is no study 'new'; studies there: far, more, o"),
         ("{folder}/old.db:far", "FROM_STUDY=far does not fit: trial 0: x=4 is not in its range: f"),
         ("{folder}/old.db:more", "FROM_STUDY=more does not fit: trial 0: momentum is no parameter"),
-        ("{folder}/old.db:void", "FROM_STUDY=void: no trial is complete yet"),
+        ("{folder}/old.db:void", "FROM_STUDY: 'void': no trial is complete yet"),
         ("mnist_hpo", "FROM_STUDY=mnist_hpo is the study itself"),
         ("postgresql://me:secret@host/db", "FROM_STUDY names no study; give the NAME of one"),
         ("a b", "FROM_STUDY names no study; give the NAME of one"),

@@ -115,18 +115,24 @@ def best_of_another(settings: Settings) -> list[FrozenTrial]:
         return []
     url, name = settings.from_study
     other = replace(settings, study_db=url, study_name=name)
+    try:
+        with clear_errors(other):
+            return _best_of(other)
+    except UserError as error:
+        raise UserError(f"FROM_STUDY: {error}") from error
+
+
+def _best_of(other: Settings) -> list[FrozenTrial]:
     if other.sqlite_path and not other.sqlite_path.is_file():
-        raise UserError(f"FROM_STUDY: there is no file {other.sqlite_path}")
-    with clear_errors(other):
-        storage = open_storage(other)
-        names = optuna.get_all_study_names(storage=storage)
-        if name not in names:
-            known = ", ".join(sorted(names)) or "none"
-            raise UserError(f"FROM_STUDY: there is no study {name!r}; studies there: {known}")
-        study = optuna.load_study(study_name=name, storage=storage)
-        best = best_trials(study)
-    if not best:
-        raise UserError(f"FROM_STUDY={name}: {without_best(study)}")
+        raise UserError(f"there is no file {other.sqlite_path}")
+    storage = open_storage(other)
+    names = optuna.get_all_study_names(storage=storage)
+    if other.study_name not in names:
+        known = ", ".join(sorted(names)) or "none"
+        raise UserError(f"there is no study {other.study_name!r}; studies there: {known}")
+    study = optuna.load_study(study_name=other.study_name, storage=storage)
+    if not (best := best_trials(study)):
+        raise UserError(f"{other.study_name!r}: {without_best(study)}")
     return best
 
 

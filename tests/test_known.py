@@ -127,6 +127,10 @@ def test_file_fix_and_parts(tmp_path: Path) -> None:
     path = tmp_path / "good.json"
     path.write_text(json.dumps([{"layers": [8, 8]}, *FIRST]))
     assert found(KNOWN_GOOD=str(path)) == [*FIRST, {"layers": (8, 8)}]
+    path.with_name("bad.json").write_text("[{]")
+    for name, says in (("bad.json", "is no JSON"), ("none.json", "there is no file")):
+        with pytest.raises(UserError, match=f"KNOWN_GOOD: .*{says}"):
+            found(KNOWN_GOOD=str(path.with_name(name)))
     assert found(KNOWN_GOOD=str(path), FIX="x=0.75") == [
         {"x": 0.75, "layers": (4,)}, {"x": 0.75}, {"layers": (8, 8)},
     ]  # fmt: skip

@@ -326,7 +326,8 @@ def print_table() -> int:
 
 def _shown(variable: Variable) -> str:
     value = os.environ.get(variable.name) or variable.default
-    return values.without_password(value) if variable.name == "STUDY_DB" else value
+    url = variable.name in ("STUDY_DB", "FROM_STUDY")
+    return values.without_password(value) if url else value
 
 
 if __name__ == "__main__":

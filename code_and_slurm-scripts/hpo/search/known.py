@@ -143,16 +143,17 @@ def _that_fit(
 ) -> list[Params]:
     """Return the best configurations of another study that can be tried in this one."""
     found: dict[str, Params] = {}
-    numbers, first_wrong = [], ""
+    numbers: list[str] = []
+    first_wrong = ""
     for trial in others:
         params, wrong = _fitted(trial.params, settings, script, plan)
         first_wrong = first_wrong or (wrong and f"trial {trial.number}: {wrong}")
         if not wrong and found.setdefault(repr(sorted(params.items())), params) is params:
-            numbers.append(trial.number)
+            numbers.append(str(trial.number))
         if len(found) == FINALISTS:
             break
     if others and not found:
         raise UserError(f"FROM_STUDY={settings.from_study[1]} does not fit: {first_wrong}")  # type: ignore[index]
     if numbers:
-        log.info("from the other study: the configurations of its trials %s", numbers)
+        log.info("the best of the other study are its trials %s", ", ".join(numbers))
     return list(found.values())

@@ -48,7 +48,7 @@ from hpo.show.results import (
     scores,
     shown_score,
 )
-from hpo.study.opening import open_study
+from hpo.study.opening import backup_in_use, open_study, stuck
 from hpo.study.trials import (
     Finalist,
     attributes,
@@ -69,6 +69,8 @@ def main() -> int:
     options = arguments()
     settings = Settings.from_env()
     study = open_study(settings)
+    if note := backup_in_use(study):
+        print(note)
     try:
         return show(study, settings, options)
     except KeyboardInterrupt:  # ends this program, not the study
@@ -144,7 +146,10 @@ def seeds(text: str) -> int:
 def print_state(study: optuna.Study, settings: Settings) -> None:
     """Print how far the study is, what failed, the best trials, and their score."""
     print(f"study {study.study_name} in {settings.shown_db}")
-    print(count(study, settings))
+    counts = count(study, settings)
+    print(counts)
+    if text := stuck(study, counts):
+        print(f"  {text}")
     for reason, number in fail_reasons(study.get_trials(deepcopy=False)):
         print(f"  {number} × {cut(reason)}")
     best = best_trials(study)

@@ -30,7 +30,7 @@ trials take about two minutes on two cores:
     SMALL=1 PY_SCRIPT=optuna_llm.py STUDY_NAME=llm TOTAL_TRIALS=6 bash run-optuna-local.sh
 
 A trial that runs out of memory is FAIL, and says what to lower.  micro_batch of batch_size is
-computed at once, so a smaller one changes no result.  The search space is made for a model of
+computed at once, so that a smaller one needs less of it.  The search space is made for a model of
 7 billion parameters and a GPU with 80 GB; neither its memory nor its time is measured yet.
 GPUS_PER_TRIAL=2 trains each model on both GPUs of a node (OWN_MODEL.txt, chapter 6).
 """
@@ -45,25 +45,10 @@ from typing import Any
 
 import optuna
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpo import Settings, checkpoint, ddp, run_script, run_worker
-from hpo.train.base_model import (
-    adapter_of,
-    base_folder,
-    load_base,
-    prepare_base,
-    tokenizer_of,
-    with_adapter,
-)
-from hpo.train.causal import (
-    TRAINER_OPTIONS,
-    Example,
-    examples,
-    loss_per_token,
-    says_what_to_lower,
-    token_losses,
-)
+from hpo.train import base_model, causal
 from hpo.train.texts import Row, load_texts
 from hpo.train.training import gpu_has_bf16, pick_device
 
@@ -76,7 +61,7 @@ def search_space(trial: optuna.Trial | optuna.trial.FrozenTrial) -> dict[str, An
     """Return one configuration; every `suggest_*` call of the study is in this part."""
     settings = Settings.from_env()
     space = small_space(trial) if settings.small else large_space(trial)
-    return {**space, "model": str(base_folder(settings)), "targets": "all-linear"}
+    return {**space, "model": str(base_model.base_folder(settings)), "targets": "all-linear"}
 
 
 def large_space(trial: optuna.Trial | optuna.trial.FrozenTrial) -> dict[str, Any]:
@@ -120,7 +105,7 @@ def small_space(trial: optuna.Trial | optuna.trial.FrozenTrial) -> dict[str, Any
 # ---------- 2. The model, and what it is given: EDIT ----------
 
 
-def build_model(config: dict[str, Any]) -> nn.Module:
+def build_model(config: dict[str, Any]) -> Any:
     """Return the model with a new adapter; an exported one is loaded with it, too."""
     from peft import LoraConfig
 
@@ -131,7 +116,9 @@ def build_model(config: dict[str, Any]) -> nn.Module:
         lora_dropout=config["dropout"],
         target_modules=config["targets"],
     )
-    return with_adapter(load_base(config["model"], config["checkpointing"]), lora)
+    return base_model.with_adapter(
+        base_model.load_base(config["model"], config["checkpointing"]), lora
+    )
 
 
 def tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -148,9 +135,9 @@ def tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
     return tokenizer(prompt, add_special_tokens=not in_template)["input_ids"], written
 
 
-def part(name: str, config: dict[str, Any]) -> list[Example]:
+def part(name: str, config: dict[str, Any]) -> list[causal.Example]:
     """Return the examples of "training", "validation" or "test", tokenised once per worker."""
-    return examples(name, tokens, config["model"], config["length"])
+    return causal.examples(name, tokens, config["model"], config["length"])
 
 
 # ---------- 3. Training one configuration: EDIT ----------
@@ -163,14 +150,14 @@ def prepare() -> None:
         UserError: something is.
     """
     ddp.check_gpus()
-    prepare_base(Settings.from_env())
+    base_model.prepare_base(Settings.from_env())
     load_texts(Settings.from_env())
 
 
 def make_trainer(
     config: dict[str, Any],
     folder: Path | str,
-    training: list[Example],
+    training: list[causal.Example],
     seed: int = 0,
     callbacks: Sequence[Any] = (),
 ) -> Any:
@@ -178,9 +165,8 @@ def make_trainer(
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
     # An evaluation stands for the same share of all steps, whatever the data.
-    each = math.ceil(
-        config["epochs"] * len(training) / config["batch_size"] / config["evaluations"]
-    )
+    examples = config["batch_size"] * config["evaluations"]
+    each = math.ceil(config["epochs"] * len(training) / examples)
     steps = each * config["evaluations"]
     gpu_batch = config["batch_size"] // ddp.processes()
     arguments = TrainingArguments(
@@ -202,17 +188,17 @@ def make_trainer(
         load_best_model_at_end=bool(callbacks),
         metric_for_best_model="eval_loss_per_token",
         greater_is_better=False,
-        **TRAINER_OPTIONS,
+        **causal.TRAINER_OPTIONS,
     )
     trainer = Trainer(
         build_model(config),
         arguments,
-        DataCollatorForSeq2Seq(tokenizer_of(config["model"])),
+        DataCollatorForSeq2Seq(base_model.tokenizer_of(config["model"])),
         training,
         part("validation", config)[: config["validation"]],
         callbacks=list(callbacks),
-        compute_metrics=loss_per_token,
-        preprocess_logits_for_metrics=token_losses,
+        compute_metrics=causal.loss_per_token,
+        preprocess_logits_for_metrics=causal.token_losses,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -228,8 +214,8 @@ def train_model(config: dict[str, Any], trial: optuna.Trial) -> float:
 
     seed, folder = trial.number, checkpoint.folder(trial)
     torch.manual_seed(seed)
-    callback = StudyCallback(trial, "eval_loss_per_token", weights=adapter_of)
-    with says_what_to_lower(config, "micro_batch", "length", "rank"):
+    callback = StudyCallback(trial, "eval_loss_per_token", weights=base_model.adapter_of)
+    with causal.says_what_to_lower(config, "micro_batch", "length", "rank"):
         trainer = make_trainer(config, folder, part("training", config), seed, [callback])
         trainer.train(resume_from_checkpoint=last_checkpoint(trial))
     return float(trainer.state.best_metric)
@@ -242,7 +228,7 @@ def train_final(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
     with TemporaryDirectory() as folder:
         trainer = make_trainer(config, folder, texts, seed)
         trainer.train()
-    return adapter_of(trainer.model)
+    return base_model.adapter_of(trainer.model)
 
 
 # ---------- 4. The objective: EDIT ----------
@@ -267,7 +253,7 @@ def export_model(config: dict[str, Any], weights: dict[str, Tensor], folder: Pat
     model = build_model(config)
     model.load_state_dict(weights)
     model.save_pretrained(folder / "adapter")
-    tokenizer_of(config["model"]).save_pretrained(folder / "adapter")
+    base_model.tokenizer_of(config["model"]).save_pretrained(folder / "adapter")
 
 
 if __name__ == "__main__":

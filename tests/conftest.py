@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from optuna.study import StudyDirection
 
 from common import SCRIPTS, SETTINGS, Run
 from hpo.settings import forget
 from hpo.study.engines.postgresql import PostgreSQL
-from hpo.study.storage import SQLiteStorage
 from postgresql_server import PostgreSQLServer, wanted
-from storage_helpers import NAME, make_study
+from storage_helpers import make_study
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,14 +40,11 @@ def own_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[PostgreSQLServer]:
-    """Start a PostgreSQL server; its database `empty` has the tables and the study NAME."""
+    """Start a PostgreSQL server; its database `study` has the tables."""
     if why := wanted():
         pytest.skip(why)
     server = PostgreSQLServer(Path("/tmp") / f"pg-{os.getpid()}")
-    server.sql("postgres", "CREATE DATABASE empty")
-    storage = SQLiteStorage(PostgreSQL(server.url("empty")))
-    storage.create_new_study([StudyDirection.MINIMIZE], NAME)
-    storage.remove_session()
+    PostgreSQL(server.empty("study")).close()
     yield server
     server.stop()
     shutil.rmtree(server.folder)
@@ -62,10 +57,8 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         yield make_study(tmp_path)
         return
     server: PostgreSQLServer = request.getfixturevalue("server")
-    name = server.create("empty")
-    (tmp_path / "study.url").write_text(server.url(name))
+    (tmp_path / "study.url").write_text(server.with_study("study"))
     yield tmp_path / "study.url"
-    server.drop(name)
 
 
 @pytest.fixture

@@ -382,3 +382,49 @@ def test_ctrl_c_ends_all_workers_and_returns_their_trials(local: Path) -> None:
         os.killpg(launcher.pid, 0)  # no process of the group is left
     assert "RUNNING" not in states(local)
     assert "WAITING" in states(local)
+
+
+SERVER = """#!/bin/bash
+# Stands for the container with the server: dies at first, then serves until SIGTERM.
+echo "$*" >>"$RECORD"
+[[ $(wc -l <"$RECORD") -gt 1 ]] || exit 3
+trap 'echo stopped >>"$RECORD"; exit 0' TERM
+touch study.db.server
+while true; do sleep 0.1; done
+"""
+SERVE = """
+set -euo pipefail
+scripts=$PWD logs=$PWD/../logs tasks=4 WORKERS_PER_GPU=2 STUDY_DB=sqlite:///$PWD/study.db
+source hpo/job/job.sh
+run_python=("$SERVER")
+on_every_gpu() { :; }
+serve_study
+run_workers
+[[ ! -e study.db.server ]] && echo "status $status"
+run_python=(false)
+serve_study
+"""
+
+
+def test_the_server_knows_the_nodes_and_its_death_is_one_line(job: Path) -> None:
+    tools = job.parent.parent / "bin"
+    for name, text in (("server", SERVER), ("scontrol", "#!/bin/bash\nprintf 'n1\\nn2\\n'\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", SERVE],
+        cwd=job,
+        env={**os.environ, "SERVER": str(tools / "server"), "PY_SCRIPT": "my.py"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    call = "-m hpo.study.server 8 n1 n2\n"
+    assert Path(os.environ["RECORD"]).read_text() == f"{call}{call}stopped\n"
+    died = "the study's server died with status"
+    lines = [line for line in done.stdout.splitlines() if "serves the study" not in line]
+    assert lines[:2] == [f"{died} 3: starting it again (1 of 3)", "status 0"]
+    assert lines[2:5] == [f"{died} 1: starting it again ({number} of 3)" for number in (1, 2, 3)]
+    assert lines[5].startswith("the study's server died 4 times in a row (status 1): giving up;")
+    assert done.stderr.startswith("error: the server has not started: tail ")
+    assert done.returncode == 2

@@ -24,7 +24,7 @@ from hpo.settings import Settings, UserError, forget
 from hpo.show.export import export
 from hpo.study.opening import create_or_open_study
 from hpo.train import base_model, causal, texts
-from hpo.trial import run_trial
+from hpo.trial import _call, run_trial
 
 PARAMS = {"rank": 4, "alpha": 16, "lr": 0.01, "warmup": 0.1, "dropout": 0.05, "weight_decay": 0.1}
 
@@ -89,7 +89,6 @@ def test_study_from_start_to_export(
     assert (
         sum(tensor.numel() for tensor in weights.values()) < 50_000
     )  # not the model's 0.2 million
-    monkeypatch.setattr(ddp, "processes", lambda: 1)
     said = export(study, Settings.from_env(), whole, tmp_path / "best")
     assert said.endswith("parameters")
     from transformers import AutoModelForCausalLM
@@ -160,8 +159,6 @@ def test_out_of_memory_says_what_to_lower() -> None:
             with causal.says_what_to_lower(config, "micro_batch", "length"):
                 raise error
 
-        from hpo.trial import _call
-
         outcome = _call(objective, study.ask(), Drain(math.inf))
         assert outcome.state == TrialState.FAIL
         assert outcome.reason.startswith("out of memory (")
@@ -187,8 +184,8 @@ def test_prompt_is_no_target_and_every_answer_ends(data: Path, tiny_folder: Path
 
 def test_long_rows_are_cut() -> None:
     given, written = list(range(100)), list(range(100, 130))
-    [example] = causal.cut({"prompt": "", "answer": ""}, given, written, 50)
-    assert example["input_ids"] == [*range(80, 100), *written]
+    [example] = causal.cut({"prompt": "", "answer": ""}, given, written, 80)
+    assert example["input_ids"] == [*range(50, 100), *written]
     [example] = causal.cut({"prompt": "", "answer": ""}, given, written, 20)
     assert example["input_ids"] == [*range(90, 100), *range(100, 110)]
     pieces = causal.cut({"text": ""}, [1], written, 11)

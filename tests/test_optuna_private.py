@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import optuna
 import pytest
 from optuna.storages import InMemoryStorage
@@ -41,9 +44,25 @@ def test_a_frozen_study_is_made_as_storages_make_it() -> None:
     assert made.directions == [StudyDirection.MAXIMIZE]
 
 
-def test_the_server_of_a_storage_starts_and_stops() -> None:
-    server = optuna_private.make_server(InMemoryStorage(), "localhost", 0, 1)
+def test_a_server_answers_a_proxy_that_makes_its_own_calls() -> None:
+    calls: list[str] = []
+
+    class Proxy(optuna_private.ProxyOfChannel):
+        def open_channel(self) -> grpc.Channel:
+            return grpc.insecure_channel(f"{self._host}:{self._port}")
+
+        def call(self, method: Any, request: Any) -> Any:
+            calls.append(type(request).__name__)
+            return method(request)
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    optuna_private.add_storage(server, InMemoryStorage())
+    port = server.add_insecure_port("127.0.0.1:0")
     server.start()
+    study = optuna.create_study(storage=Proxy(host="127.0.0.1", port=port))
+    study.tell(study.ask(), 2.0)
+    assert (study.best_value, len(study.trials)) == (2.0, 1)
+    assert {"CreateNewStudyRequest", "CreateNewTrialRequest", "GetTrialsRequest"} <= set(calls)
     assert server.stop(grace=0).wait(10)
 
 

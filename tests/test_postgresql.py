@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from common import HELPERS, SCRIPTS, Run
 from hpo import settings as settings_module
@@ -39,14 +39,13 @@ SECRET = "s3cr%40t"  # as it stands in a URL
 @pytest.fixture
 def url(server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Give the test an empty database; remove what a study leaves beside the scripts."""
-    name = server.create()
-    url = server.url(name, f"postgres:{SECRET}")
+    server.empty("bare")
+    url = server.url("bare", f"postgres:{SECRET}")
     monkeypatch.setenv("STUDY_DB", url)
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
     monkeypatch.setenv("PY_SCRIPT", str(OBJECTIVE))
     settings = Settings.from_env(STUDY_DB=url)
     yield url
-    server.drop(name)
     shutil.rmtree(settings.checkpoints.parent, ignore_errors=True)
     if settings.backup_path:
         settings.backup_path.unlink(missing_ok=True)
@@ -61,6 +60,11 @@ def start(rank: int, **env: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def facts_of(trials: list[FrozenTrial]) -> list[Any]:
+    """All but the id in the database, where numbers may be left out."""
+    return [{k: v for k, v in vars(trial).items() if k != "_trial_id"} for trial in trials]
 
 
 def states(url: str) -> Counter[str]:
@@ -93,7 +97,7 @@ def test_workers_go_on_after_a_restart_and_a_kill_and_leave_a_backup(
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
     assert settings.backup_path
     copied = open_study(Settings.from_env(STUDY_DB=f"sqlite:///{settings.backup_path}"))
-    assert copied.get_trials() == trials
+    assert facts_of(copied.get_trials()) == facts_of(trials)
     _check_no_password(said.stdout + "".join(output), url, capsys)
 
 
@@ -131,11 +135,9 @@ def test_stopped_worker_returns_its_trial_and_the_next_one_finishes_it(url: str)
 
 
 @pytest.fixture
-def path(server: PostgreSQLServer, tmp_path: Path) -> Iterator[Path]:
-    name = server.create("empty")
-    (tmp_path / "study.url").write_text(server.url(name))
-    yield tmp_path / "study.url"
-    server.drop(name)
+def path(server: PostgreSQLServer, tmp_path: Path) -> Path:
+    (tmp_path / "study.url").write_text(server.with_study("study"))
+    return tmp_path / "study.url"
 
 
 def test_a_server_that_is_away(path: Path, server: PostgreSQLServer) -> None:
@@ -160,11 +162,16 @@ def test_a_connection_lost_inside_a_transaction_changes_nothing(
     path: Path, server: PostgreSQLServer
 ) -> None:
     storage = storage_of(open_path(path))
-    with pytest.raises(EngineError, match=r"postgresql://postgres@"), storage.file.write() as db:
-        db.execute("UPDATE studies SET study_name = 'other'")
-        server.sql("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                   "WHERE application_name = 'optuna'")  # fmt: skip
-        db.execute("UPDATE studies SET study_name = 'another'")
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'optuna'"
+
+    def rename() -> None:
+        with storage.file.write() as db:
+            db.execute("UPDATE studies SET study_name = 'other'")
+            server.sql("postgres", end)
+            db.execute("UPDATE studies SET study_name = 'another'")
+
+    with pytest.raises(EngineError, match=r"postgresql://postgres@"):
+        rename()
     assert [study.study_name for study in storage.get_all_studies()] == [NAME]
 
 
@@ -248,14 +255,10 @@ def _die_at(path: Path, k: int) -> None:
     os._exit(43)  # there were fewer
 
 
-def test_crash_points_are_legal_and_a_restart_finishes(
-    server: PostgreSQLServer, tmp_path: Path
-) -> None:
+def test_crash_points_are_legal_and_a_restart_finishes(path: Path) -> None:
     """Between two COMMITs a death is the server's ROLLBACK: before and after each is enough."""
-    path = tmp_path / "study.url"
     for k in range(100):
-        name = server.create("empty")
-        path.write_text(server.url(name))
+        ask(path.read_text(), "TRUNCATE trials RESTART IDENTITY CASCADE")
         (end,) = wait([fork(_die_at, path, k)])
         rows = ask(path.read_text(), "SELECT number, state::text, owner, (SELECT count(*) FROM "
                    "trial_params p WHERE p.trial_id = t.trial_id) FROM trials t LEFT JOIN leases "
@@ -266,9 +269,8 @@ def test_crash_points_are_legal_and_a_restart_finishes(
             assert params in (0, 8)
         study = open_path(path, "init", job_id="8")
         storage_of(study).return_stale_trials(study._study_id, alive_jobs=set())
-        work(path, 0, 2, grace=60)
+        assert wait([fork(work, path, 0, 2, grace=60)]) == [0]
         assert states(path.read_text()) == {"COMPLETE": 2}
-        server.drop(name)
         if end == 43:
             break
     assert k > 20
@@ -298,7 +300,11 @@ def test_a_worker_frozen_in_a_claim_holds_up_nobody_for_long(
 # ---- copies --------------------------------------------------------------------------------
 
 
-def test_a_study_is_copied_there_and_back(url: str, tmp_path: Path) -> None:
+def test_a_study_is_copied_there_and_back(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUDY_NAME", NAME)
+    monkeypatch.setenv("LEASE_GRACE", "1")
     file = make_study(tmp_path)
     study = open_path(file, max_attempts=9)
     study.set_user_attr("note", {"a": [1, None]})
@@ -306,7 +312,7 @@ def test_a_study_is_copied_there_and_back(url: str, tmp_path: Path) -> None:
     study.tell(study.ask(), float("inf"))
     storage_of(study).return_trial(study.ask()._trial_id, crashed=True)
     study.enqueue_trial({"lr": 1e-3})
-    here = Settings.from_env(STUDY_DB=f"sqlite:///{file}", STUDY_NAME=NAME, LEASE_GRACE="1")
+    here = Settings.from_env(STUDY_DB=f"sqlite:///{file}")
     here.checkpoints.mkdir(parents=True)
     (here.checkpoints / "trial-00000.weights.pt").write_text("weights")
     there = Settings.from_env(STUDY_DB=url)
@@ -315,7 +321,7 @@ def test_a_study_is_copied_there_and_back(url: str, tmp_path: Path) -> None:
     back = Settings.from_env(STUDY_DB=f"sqlite:///{tmp_path}/back.db")
     assert "postgres:***@" in copying.copy_study(back, url)
     trials = open_path(tmp_path / "back.db").get_trials()
-    assert repr(trials) == repr(study.get_trials())
+    assert facts_of(trials) == facts_of(study.get_trials())
     assert open_study(there).user_attrs == study.user_attrs
     rows = "SELECT number, attempts FROM leases JOIN trials USING (trial_id)"
     assert ask(url, rows) == [(2, 1)]
@@ -328,10 +334,11 @@ def test_a_study_is_copied_there_and_back(url: str, tmp_path: Path) -> None:
 def test_a_study_that_runs_is_not_copied(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("STUDY_NAME", NAME)
     file = make_study(tmp_path)
     study = open_path(file)
     trial = study.ask()
-    source = Settings.from_env(STUDY_DB=f"sqlite:///{file}", STUDY_NAME=NAME)
+    source = Settings.from_env(STUDY_DB=f"sqlite:///{file}")
     target = Settings.from_env(STUDY_DB=url)
     monkeypatch.setattr(time, "sleep", lambda _: storage_of(study).renew_lease(trial._trial_id))
     with pytest.raises(UserError, match="somebody runs the study in sqlite:"):
@@ -341,7 +348,7 @@ def test_a_study_that_runs_is_not_copied(
     copying.copy_study(target, source.study_db)
     assert states(url) == {"RUNNING": 1}
     storage = SQLiteStorage(PostgreSQL(url), grace=0.0)
-    assert [storage.return_stale_trials(1) for _ in range(2)][-1] == [0]
+    assert storage.return_stale_trials(1) == [0]
 
 
 # ---- what people type ----------------------------------------------------------------------
@@ -357,7 +364,6 @@ def test_bad_input_is_one_line_and_creates_nothing(
     hba = server.folder / "data" / "pg_hba.conf"
     ask(url, "DROP ROLE IF EXISTS stranger")
     ask(url, "CREATE ROLE stranger LOGIN PASSWORD 'known'")
-    ask(url, "REVOKE CREATE ON SCHEMA public FROM public")
     hba.write_text("local all stranger scram-sha-256\n" + hba.read_text())
     ask(url, "SELECT pg_reload_conf()")
     stranger = url.replace("postgres:", "stranger:")
@@ -365,7 +371,7 @@ def test_bad_input_is_one_line_and_creates_nothing(
         f"postgresql://postgres:{SECRET}@127.0.0.1:9/study": "refused",
         stranger: "password authentication failed",
         stranger.replace(SECRET, "known"): "may not create tables",
-        url.replace("/study", "/nowhere"): "does not exist",
+        url.replace("/bare", "/nowhere"): "does not exist",
     }
     for case, says in cases.items():
         begin = time.monotonic()

@@ -172,6 +172,7 @@ def test_fixed_parameters_are_held_fast() -> None:
     [
         ({"PRUNER": "median:n_warmup=5"}, "n_warmup is no option; there are: n_startup_trials, n"),
         ({"PRUNER": "percentile:percentile=700"}, "Percentile must be between 0 and 100"),
+        ({"PRUNER": "halving:reduction_factor=1"}, "reduction_factor=1 is no whole number from 2"),
         ({"SAMPLER": "tpe:startup=3"}, "SAMPLER=tpe: startup is no option; there are: "),
         ({"SAMPLER": "tpe:seed=3"}, "seed is no option"),
         ({"SAMPLER": "tpe:gamma=3"}, "gamma is no option"),
@@ -282,23 +283,41 @@ def test_first_trials_are_pruned_but_not_after_what_may_be_their_last_report() -
     assert worse.should_prune()
 
 
-def test_halving_stops_after_the_first_third_and_ninth_report() -> None:
-    """Whatever the numbers of the steps; the best third goes on."""
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_halving_decides_as_optunas_whatever_the_numbers_of_the_steps(direction: Any) -> None:
+    stopped: list[list[int]] = []
+    optunas = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    ours = pruners.make_pruner(Settings.from_env())
+    for pruner, steps in ((optunas, range(1, 11)), (ours, range(0, 1000, 100))):
+        values = np.random.default_rng(1).random((40, 10))
+        study = optuna.create_study(pruner=pruner, direction=direction)
+        study.tell(study.ask(), 0.5)  # without a report: then none is known to be the last
+        stopped.append([])
+        for curve in values:
+            trial = study.ask()
+            stopped[-1].append(0)
+            for value, step in zip(curve, steps, strict=True):
+                trial.report(value, step)
+                if trial.should_prune():
+                    stopped[-1][-1] = len(study.get_trials()[-1].intermediate_values)
+                    break
+            study.tell(trial, curve[-1] if not stopped[-1][-1] else None,
+                       None if not stopped[-1][-1] else TrialState.PRUNED)  # fmt: skip
+    assert stopped[0] == stopped[1]
+    assert {0, 1, 3} <= set(stopped[1]) <= {0, 1, 3, 9}
+
+
+def test_halving_compares_an_interrupted_trial_at_the_same_report() -> None:
+    """It was not asked after its first report, since it was interrupted then."""
     study = optuna.create_study(pruner=pruners.make_pruner(Settings.from_env()))
-    study.tell(study.ask(), 0.0)  # without a report: then none is known to be the last
-    stopped: dict[float, int] = {}
-    for value in (0.1, 0.2, 0.3, 0.15, 0.05, 0.07, 0.01):
-        trial = study.ask()
-        for count in range(1, 10):
-            trial.report(value, 100 * count)
-            if trial.should_prune():
-                stopped[value] = count
-                break
-        if value in stopped:
-            study.tell(trial, state=TrialState.PRUNED)
-        else:
-            study.tell(trial, value)
-    assert stopped == {0.2: 1, 0.3: 1, 0.15: 1, 0.07: 3}
+    first, interrupted, last = study.ask(), study.ask(), study.ask()
+    for step in range(4):
+        first.report(0.5 - step / 10, step)
+    interrupted.report(0.9, 0)
+    interrupted.report(0.05, 1)
+    assert not interrupted.should_prune()
+    last.report(0.6, 0)
+    assert last.should_prune()  # 0.5 is better at this step; 0.05 was another step's
 
 
 # ---- tpe -----------------------------------------------------------------------------------

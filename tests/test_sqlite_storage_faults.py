@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -418,6 +419,26 @@ def test_a_damaged_study_never_replaces_a_good_backup(path: Path) -> None:
         file_of(storage).backup(target, max_age=0)
     assert target.read_bytes() == good
     assert not list(path.parent.glob(".*.new"))
+
+
+def test_a_study_that_was_lost_never_replaces_its_backup(path: Path) -> None:
+    storage, target = SQLiteStorage(path), path.with_name("study.db.backup")
+    study = open_study(path)
+    for value in range(3):
+        study.add_trial(optuna.trial.create_trial(value=value))
+    assert file_of(storage).backup(target)
+    good = target.read_bytes()
+    optuna.delete_study(study_name=NAME, storage=storage)
+    with pytest.raises(CorruptStudy, match="is not there, and 3 trials in its backup"):
+        file_of(storage).backup(target, max_age=0)
+    study = optuna.create_study(study_name=NAME, storage=storage)  # as the next job does
+    study.add_trial(optuna.trial.create_trial(value=1.0))
+    with pytest.raises(CorruptStudy, match="has 1, and 3 trials in its backup"):
+        file_of(storage).backup(target, max_age=0)
+    assert target.read_bytes() == good
+    assert not list(path.parent.glob(".*.new"))
+    target.write_text("no database")  # nothing is lost with it
+    assert file_of(storage).backup(target, max_age=0)
 
 
 # ---- soak ----------------------------------------------------------------------------------

@@ -219,7 +219,8 @@ def run_script(main: Callable[[], int]) -> None:
         try:
             status = main()
         except UserError as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            text = values.without_password(error)  # a driver may say to what it could not connect
+            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
             status = 2
         except gpu.Unusable as unusable:
             print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
@@ -326,8 +327,7 @@ def print_table() -> int:
 
 def _shown(variable: Variable) -> str:
     value = os.environ.get(variable.name) or variable.default
-    url = variable.name in ("STUDY_DB", "FROM_STUDY")
-    return values.without_password(value) if url else value
+    return values.without_password(value)
 
 
 if __name__ == "__main__":

@@ -164,6 +164,9 @@ def server_url(text: str) -> str:
     scheme, _, rest = text.partition("://")
     scheme = scheme.split("+")[0] if scheme.startswith("postgres") else scheme
     if scheme not in ("postgresql", "postgres"):
+        login = rest.rpartition("@")[0] if scheme.startswith("mysql") else ""
+        if re.search(r"[/?#@\s]", login):  # readers of URLs do not agree on what it means
+            raise UserError("STUDY_DB: in a password write / ? # @ as %2F %3F %23 %40")
         return text
     user, at, place = rest.rpartition("@")
     host, _, path = place.partition("/")
@@ -188,10 +191,14 @@ def password_of(url: str) -> set[str]:
     return {word for text in found if text for word in (text, unquote(text))}
 
 
-def without_password(url: str) -> str:
-    """Return a URL as it may be shown: *** in the place of each password."""
-    url = re.sub(r"(?<=://)([^:@/?#]*):.*@", r"\1:***@", url)
-    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", url)
+def without_password(text: object) -> str:
+    """Return a text in which no URL has its password any more: whatever is printed or stored.
+
+    Those before the host (postgresql://user:***@host), and those in the options of a URL or of a
+    driver (password=***).
+    """
+    found = re.sub(r"(\w://[^\s/:@]*):\S*@", r"\1:***@", str(text))
+    return re.sub(r"(?i)\b(\w*(?:password|passwd|pwd)=)[^\s&]+", r"\1***", found)
 
 
 def server_name(url: str) -> str:
@@ -264,8 +271,9 @@ def study_url(text: str, folder: Path) -> str:
         return f"{SQLITE_PREFIX}{path}"
     if scheme in SERVER_URLS and "://" in text:
         return server_url(text)
+    shown = without_password("".join(text.split()))  # a blank would divide a password
     raise UserError(
-        f"STUDY_DB={without_password(text)!r} is no URL that can be used here; "
+        f"STUDY_DB={shown!r} is no URL that can be used here; "
         "give sqlite:///study.db (or sqlite:////absolute/path/study.db), or "
         "postgresql://user:password@host/database"
     )

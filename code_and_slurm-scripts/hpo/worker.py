@@ -29,7 +29,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache, partial
 
 import optuna
@@ -40,21 +39,20 @@ from hpo import gpu, script
 from hpo import settings as process
 from hpo.drain import Drain, DrainingPruner
 from hpo.search import finals
-from hpo.search.given import FinalsAreWhole, GivenFirst
-from hpo.search.guard import GuardedPruner, GuardedSampler, SearchFailed
+from hpo.search.given import equip
+from hpo.search.guard import SearchFailed
 from hpo.search.known import begin_with, known_for
 from hpo.search.objectives import check_objectives
-from hpo.search.pruners import check_search, make_pruner
+from hpo.search.pruners import check_search
 from hpo.search.remembered import Plan, adopt_space, plan_of
-from hpo.search.samplers import make_sampler, sampler_seed
 from hpo.settings import Settings, UserError, use
 from hpo.site import SITE_FAULT, Patience, SiteFault
 from hpo.study.engines.sqlite_file import DiskFull, StudyBusy
-from hpo.study.opening import create_or_open_study
+from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id, trial_id
-from hpo.study.served import ServedStorage
-from hpo.study.storage import NoTrialLeft, SQLiteStorage
-from hpo.study.trials import best_line, best_searched, count, is_final, same_reason
+from hpo.study.served import Leased, ServerGone
+from hpo.study.storage import NoTrialLeft
+from hpo.study.trials import best_line, best_searched, count, same_reason
 from hpo.study.upkeep import Upkeep
 from hpo.trial import (
     Objective,
@@ -63,6 +61,7 @@ from hpo.trial import (
     let_several_objectives_report,
     run_trial,
 )
+from hpo.values import without_password
 from hpo.words import parameters, shown, values
 
 SAME_FAILURES = 3, 6  # in a row, before and after a success: then it is not the parameters
@@ -112,12 +111,12 @@ def run_worker(objective: Objective) -> int:
         log.error("%s", error)
         return SITE_FAULT
     patience.restore()
-    adopt_space(study, settings, plan)
-    plan.known = begin_with(study, found)
-    settings = use(_prepare(study, settings, plan))
-    study.pruner = DrainingPruner(study.pruner, drain)
-    gpu.check(start=settings.gpus_per_trial == 1)
     try:
+        adopt_space(study, settings, plan)
+        plan.known = begin_with(study, found)
+        settings = use(equip(study, settings, plan))
+        study.pruner = DrainingPruner(study.pruner, drain)
+        gpu.check(start=settings.gpus_per_trial == 1)
         with Upkeep(study, settings) as upkeep:
             return _Loop(study, settings, plan, drain).run(objective, upkeep)
     except (SiteFault, StorageInternalError) as error:
@@ -130,27 +129,9 @@ def _open(settings: Settings) -> optuna.Study:
     try:
         return create_or_open_study(settings)
     except UserError as error:
-        if isinstance(error.__cause__, (DiskFull, StudyBusy)):
+        if isinstance(error.__cause__, (DiskFull, StudyBusy, ServerGone)):
             raise error.__cause__ from None
         raise
-
-
-def _prepare(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
-    """Give the study its sampler and pruner; return the settings with its real TOTAL_TRIALS."""
-    trials = study.get_trials(deepcopy=False)
-    final = bool(settings.final_runs) or any(map(is_final, trials))
-    seed = sampler_seed(settings.seed, settings.rank, len(trials))
-    sampler = make_sampler(
-        settings, seed, space=plan.space, combinations=plan.combinations, known=plan.known
-    )
-    study.sampler = GivenFirst(GuardedSampler(sampler), plan.known, final)
-    if len(study.directions) > 1 and settings.pruner != "none":
-        log.info("several objectives: nothing is pruned (PRUNER=%s is not used)", settings.pruner)
-        settings = replace(settings, pruner="none", pruner_options={})
-    study.pruner = GuardedPruner(make_pruner(settings))
-    if final:
-        study.pruner = FinalsAreWhole(study.pruner)
-    return settings
 
 
 class _Loop:
@@ -234,7 +215,7 @@ class _Loop:
         """Return how many trials the study may have now (see hpo/search/finals.py)."""
         total = finals.limit(self.study, self.settings, self.plan, trials)
         storage = storage_of(self.study)
-        if isinstance(storage, SQLiteStorage):
+        if isinstance(storage, Leased):
             storage.total_trials = total
         return total
 
@@ -278,6 +259,8 @@ class _Loop:
         elif self.drain.is_due():
             log.info("asked to stop, or the job's end is near: no further trial")
             return 0
+        elif text := stuck(self.study, counts):
+            log.warning("there is no other trial to claim, but %s", text)
         else:
             log.info("the study has its %d trials", self.limit(trials))
         if counts.failed > counts.finished / 2:
@@ -289,14 +272,14 @@ class _Loop:
 def _others_run(study: optuna.Study) -> bool:
     """Whether a worker that can lose its lease still runs a trial; others return nothing."""
     storage = storage_of(study)
-    if isinstance(storage, (SQLiteStorage, ServedStorage)):
+    if isinstance(storage, Leased):
         return storage.count_leases(study_id(study)) > 0
     return False
 
 
 def _give_back_all(study: optuna.Study) -> None:
     storage = storage_of(study)
-    if isinstance(storage, SQLiteStorage):
+    if isinstance(storage, Leased):
         storage.return_held()
 
 
@@ -319,6 +302,13 @@ def _log_end(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, seconds
     log.info("%s; %s", line, best_line(study))
 
 
+class _Lines(logging.Formatter):
+    """What a worker logs; an error of a driver, or its traceback, may hold the URL of the study."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_password(super().format(record))
+
+
 def _log_to_stdout(settings: Settings) -> None:
     """Give the worker's lines a handler of their own: a script may set up logging as it likes."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -327,7 +317,5 @@ def _log_to_stdout(settings: Settings) -> None:
     mine.setLevel(logging.INFO)
     mine.propagate = False
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(
-        logging.Formatter(f"%(asctime)s {settings.worker}: %(message)s", datefmt="%H:%M:%S")
-    )
+    handler.setFormatter(_Lines(f"%(asctime)s {settings.worker}: %(message)s", datefmt="%H:%M:%S"))
     mine.handlers[:] = [handler]

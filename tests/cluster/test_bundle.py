@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,9 +81,9 @@ class Bundle:
         path.write_text(f"{live}\nset -euo{rest}")
         return path.name
 
-    def insert(self, line: str, before: str) -> None:
-        """Insert a line into this copy's optuna_mnist.py, before every line that begins so."""
-        path = self.cluster.shared / self.scripts.lstrip("/") / "optuna_mnist.py"
+    def insert(self, line: str, before: str, script: str = "optuna_mnist.py") -> None:
+        """Insert a line into this copy's script, before every line that begins so."""
+        path = self.cluster.shared / self.scripts.lstrip("/") / script
         edited, times = re.subn(
             rf"^( +)({re.escape(before)})", rf"\1{line}\n\1\2", path.read_text(), flags=re.MULTILINE
         )
@@ -99,14 +100,22 @@ class Bundle:
         state = self.cluster.wait_end(job, timeout)
         assert state == "COMPLETED", f"job {job}: {state}\n{self.log(job)}"
 
-    def trials(self, study: str = "study.db") -> list[tuple[int, str]]:
-        """Return number and state of every trial of the one study in that file."""
+    def asked(self, query: str, study: str = "study.db") -> list[tuple[Any, ...]]:
+        """Return what the study in that file answers; nothing before there is one."""
         path = self.cluster.shared / self.scripts.lstrip("/") / study
         if not path.exists():
             return []
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=30)) as database:
-            rows = database.execute("SELECT number, state FROM trials ORDER BY number")
-            return [(number, state) for number, state in rows]
+            return database.execute(query).fetchall()
+
+    def trials(self, study: str = "study.db") -> list[tuple[int, str]]:
+        """Return number and state of every trial of the one study in that file."""
+        return self.asked("SELECT number, state FROM trials ORDER BY number", study)
+
+    def epochs_of(self, number: int) -> list[int]:
+        """Return the epochs that the program of a trial has told, in its log."""
+        log = self.cluster.read(f"{self.folder}/logs/mnist_hpo.trial-{number:05d}.out")
+        return [int(epoch) for epoch in re.findall(r"^epoch (\d+):", log, re.MULTILINE)]
 
     def wait_finished(self, least: int, timeout: float = 180) -> None:
         """Wait until at least so many trials are finished, while others run."""
@@ -315,7 +324,7 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
     seconds = 'open("long", "w") and 600 if not trial.number and not os.path.exists("long") else 6'
     bundle.insert(f"import os, time; time.sleep({seconds})", before="loss, _ = evaluate(")
     settings = {"TOTAL_TRIALS": "24", "TRAIN_IMAGES": "2000", "PRUNER": "none"}
-    given = {**QUICK, **settings, "CHAIN_JOBS": "9"}
+    given = {**QUICK, **settings, "CHAIN_JOBS": "99"}
     export = "--export=" + ",".join(f"{name}={value}" for name, value in given.items())
     jobs = [bundle.submit("--time=3", "--mem=100G", "--exclude=n3", export)]
     bundle.finish(jobs[0])
@@ -393,6 +402,59 @@ def test_another_site(bundle: Bundle) -> None:
     bundle.done("another site, without a container", [job], start, total=3)
     assert (bundle.cluster.job(job)["Partition"], list(bundle.workers(job))) == ("gpu", [0, 1])
     assert (here / "study.db").stat().st_mode & 0o077 == 0
+
+
+UNINTERRUPTED = """
+import json, subprocess, sys
+import optuna
+
+study = optuna.load_study(study_name="mnist_hpo", storage="sqlite:///study.db")
+for number in json.loads(sys.argv[1]):
+    trial = study.trials[number]
+    values = {**trial.params, "epochs": 10, "seed": number}
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "example_program.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+    known = [trial.intermediate_values[step] for step in range(1, 11)]
+    print(number, known == losses and trial.value == losses[-1], known, losses)
+"""
+
+
+def test_any_program(bundle: Bundle) -> None:
+    """optuna_command.py: scancel in mid-trial; a job on other nodes goes on with the trials.
+
+    To the values of programs that nobody has interrupted, to the last bit.
+    """
+    start = time.monotonic()
+    slower = "import time; time.sleep(0.7 * bool(options.folder))"
+    bundle.insert(slower, before="loss = sum(", script="example_program.py")
+    settings = {"PY_SCRIPT": "optuna_command.py", "FIX": "epochs=10", "PRUNER": "none"}
+    first = bundle.submit(TOTAL_TRIALS="4", **settings)
+    epochs = "SELECT count(*) FROM trial_intermediate_values GROUP BY trial_id"
+    bundle.cluster.wait(lambda: "yes" * (len(bundle.asked(epochs)) == 4), 120, "4 trials at work")
+    bundle.cluster.run("login", "scancel", str(first))
+    assert bundle.cluster.wait_end(first, 60) == "CANCELLED"
+    returned = [number for number, state in bundle.trials() if state == "WAITING"]
+    assert returned, bundle.trials()
+    done = {number: bundle.epochs_of(number)[-1] for number in returned}
+
+    second = bundle.submit("--exclude=n1,n2", TOTAL_TRIALS="4", **settings)
+    bundle.finish(second)
+    bundle.done("optuna_command.py, scancel, other nodes", [first, second], start, total=4)
+    assert set(bundle.workers(first).values()) <= {"n1", "n2"}
+    assert set(bundle.workers(second).values()) - {""} <= {"n3", "n4"}
+    for number in returned:
+        told = bundle.epochs_of(number)
+        assert told == [*range(1, done[number] + 1), *range(told[done[number]], 11)], told
+        assert told[done[number]] in (done[number], done[number] + 1)  # not from the start
+    python = ("apptainer", "exec", "--bind", "/tmpdir,/work", bundle.cluster.image, "python", "-")
+    options = ("--cd", bundle.scripts)
+    compared = bundle.cluster.run(
+        "login", *python, str(returned), options=options, stdin=UNINTERRUPTED
+    ).stdout.splitlines()
+    assert len(compared) == len(returned)
+    assert all(line.split()[1] == "True" for line in compared), compared
 
 
 def test_estimate(bundle: Bundle) -> None:

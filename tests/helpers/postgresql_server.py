@@ -14,6 +14,7 @@ import psycopg
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # where Debian puts them
 AS_POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
 USER = "postgres"
+GRANT = "GRANT USAGE ON SCHEMA public TO public"
 
 
 class PostgreSQLServer:
@@ -28,7 +29,6 @@ class PostgreSQLServer:
             f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off "
             f"-c max_connections=200 {options}"
         )
-        self._names = 0
         self.start()
 
     def _run(self, program: str, *words: str | Path) -> None:
@@ -54,16 +54,27 @@ class PostgreSQLServer:
         """Execute one statement in a database; return its rows."""
         return ask(self.url(name), statement, args)
 
-    def create(self, template: str = "template1") -> str:
-        """Create a database and return its name."""
-        self._names += 1
-        name = f"study{self._names}"
-        self.sql("postgres", f"CREATE DATABASE {name} TEMPLATE {template}")
-        return name
+    def empty(self, name: str) -> str:
+        """Give a database that is empty, whoever has used it; return its URL."""
+        if not self.sql("postgres", "SELECT 1 FROM pg_database WHERE datname = %s", [name]):
+            self.sql("postgres", f"CREATE DATABASE {name}")  # takes as long as 100 tests
+        self._end_sessions(name)
+        for statement in ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public", GRANT):
+            self.sql(name, statement)
+        return self.url(name)
 
-    def drop(self, name: str) -> None:
-        """Drop a database, whoever uses it."""
-        self.sql("postgres", f"DROP DATABASE {name} WITH (FORCE)")
+    def with_study(self, name: str) -> str:
+        """Give the database, emptied before, of which only a new study is left; return its URL."""
+        self._end_sessions(name)
+        self.sql(name, "TRUNCATE studies RESTART IDENTITY CASCADE")
+        self.sql(name, "INSERT INTO studies (study_name) VALUES ('study')")
+        self.sql(name, "INSERT INTO study_directions (study_id, objective, direction) "
+                       "VALUES (1, 0, 'MINIMIZE')")  # fmt: skip
+        return self.url(name)
+
+    def _end_sessions(self, name: str) -> None:
+        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+        self.sql("postgres", end, [name])
 
 
 def ask(url: str, statement: str, args: Sequence[Any] = ()) -> list[Any]:

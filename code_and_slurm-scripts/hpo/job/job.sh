@@ -6,7 +6,7 @@
 source "$scripts/hpo/job/successor.sh"
 
 status=0
-server=        # pid of the process that serves the study, where locks do not hold
+server=        # pid of what keeps the study served, where the nodes cannot share the file
 before=(0 0 0) # finished and missing trials, and reported epochs, when the job started
 
 die() {
@@ -112,8 +112,10 @@ check_nodes() {
 # One process on this node owns study.db; the workers reach it over the network.
 serve_study() {
     echo "The nodes cannot share the file: one process on $(hostname) serves the study."
-    "${run_python[@]}" -m hpo.study.server \
-        $((tasks * WORKERS_PER_GPU)) >>"$logs/$SLURM_JOB_ID.server.out" 2>&1 &
+    local hosts
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    bash hpo/job/keep_serving.sh "$logs/$SLURM_JOB_ID.server.out" "${run_python[@]}" \
+        -m hpo.study.server $((tasks * WORKERS_PER_GPU)) "${hosts[@]}" &
     server=$!
     local file=${STUDY_DB#sqlite:///}.server seconds
     for ((seconds = 0; seconds < 60; seconds++)); do
@@ -141,7 +143,9 @@ run_workers() {
     done
     rm -f "$DRAIN_FILE"
     if [[ -n $server ]]; then
-        kill -TERM "$server" && wait "$server" || echo "the server ended with status $?" >&2
+        kill -TERM "$server" 2>/dev/null || true # it may have given up
+        wait "$server" || echo "the server ended with status $?" >&2
+        rm -f "${STUDY_DB#sqlite:///}.server" # no worker is left that could open study.db itself
     fi
     ((status == 0)) || say_why
 }

@@ -7,7 +7,9 @@ number and its mark, so that it is given once, whatever dies, and with no word b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -16,9 +18,16 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.search.guard import GuardedPruner, GuardedSampler
+from hpo.search.pruners import make_pruner
+from hpo.search.remembered import Plan
+from hpo.search.samplers import make_sampler, sampler_seed
+from hpo.settings import Settings
 from hpo.study.optuna_private import storage_of, study_id, without
 from hpo.study.trials import FINAL_OF, is_final
 from hpo.words import with_tuples
+
+log = logging.getLogger("hpo.worker")
 
 
 class GivenFirst(BaseSampler):
@@ -92,3 +101,21 @@ class FinalsAreWhole(BasePruner):
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Ask the other pruner about a trial of the search."""
         return not is_final(trial) and self._pruner.prune(without(study, is_final), trial)
+
+
+def equip(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
+    """Give the study its sampler and pruner; return the settings with the pruner in use."""
+    trials = study.get_trials(deepcopy=False)
+    final = bool(settings.final_runs) or any(map(is_final, trials))
+    seed = sampler_seed(settings.seed, settings.rank, len(trials))
+    sampler = make_sampler(
+        settings, seed, space=plan.space, combinations=plan.combinations, known=plan.known
+    )
+    study.sampler = GivenFirst(GuardedSampler(sampler), plan.known, final)
+    if len(study.directions) > 1 and settings.pruner != "none":
+        log.info("several objectives: nothing is pruned (PRUNER=%s is not used)", settings.pruner)
+        settings = replace(settings, pruner="none", pruner_options={})
+    study.pruner = GuardedPruner(make_pruner(settings))
+    if final:
+        study.pruner = FinalsAreWhole(study.pruner)
+    return settings

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,7 +28,10 @@ from hpo.script import Script, as_if_launched
 from hpo.search.remembered import Plan
 from hpo.search.space import misfit
 from hpo.settings import FINALISTS, Settings, UserError
-from hpo.study.opening import best_of_another, remember_once, remembers
+from hpo.study.opening import clear_errors, open_storage, open_study
+from hpo.study.optuna_private import storage_of, study_id
+from hpo.study.storage import SQLiteStorage
+from hpo.study.trials import best_trials, without_best
 from hpo.words import one_line, parameters, with_tuples
 
 KNOWN = "known_good"  # the function of a script, and the study's user attribute
@@ -48,7 +52,7 @@ def known_for(settings: Settings, script: Script, plan: Plan) -> list[Params]:
     Raises:
         UserError: see first_trials.
     """
-    if not offered(settings, script) or remembers(settings, KNOWN):
+    if not offered(settings, script) or _knows(settings):
         return []
     return first_trials(settings, script, plan)
 
@@ -77,7 +81,7 @@ def first_trials(settings: Settings, script: Script, plan: Plan) -> list[Params]
         if wrong:
             raise UserError(f"{name}: {wrong}")
         found.append(params)
-    found += _that_fit(best_of_another(settings), settings, script, plan)
+    found += _that_fit(_best_of_another(settings), settings, script, plan)
     return list({repr(sorted(params.items())): params for params in found}.values())
 
 
@@ -85,11 +89,32 @@ def begin_with(study: optuna.Study, found: list[Params]) -> list[Params]:
     """Return the configurations that the study began with; a new one begins with `found`."""
     begun = bool(study.get_trials(deepcopy=False))  # first: who has trials has decided
     if found and not begun:
-        remember_once(study, KNOWN, found)
+        _remember_once(study, found)
     known = study.user_attrs.get(KNOWN)
     if found and known is None:
         log.info("known_good, FROM_STUDY: not used, for the study has begun without them")
     return [{name: with_tuples(value) for name, value in params.items()} for params in known or []]
+
+
+def _knows(settings: Settings) -> bool:
+    """Whether the study is there, and knows what it began with; creates nothing."""
+    try:
+        return KNOWN in open_study(settings).user_attrs
+    except UserError:
+        return False
+
+
+def _remember_once(study: optuna.Study, found: list[Params]) -> None:
+    """Let the study remember; the first who does so decides.
+
+    With a storage of Optuna's own, which has no such transaction, it is the last one of those who
+    begin a study at the same instant; in a job, init_optuna_db.py has done so before them.
+    """
+    storage = storage_of(study)
+    if isinstance(storage, SQLiteStorage):
+        storage.set_study_user_attr_once(study_id(study), KNOWN, found)
+    elif KNOWN not in study.user_attrs:
+        study.set_user_attr(KNOWN, found)
 
 
 def _of_script(script: Script) -> Any:
@@ -136,6 +161,37 @@ def _fitted(
         if all(combination.get(name) == value for name, value in params.items()):
             return combination, ""
     return params, f"SAMPLER={settings.sampler} has no combination with {parameters(params)}"
+
+
+def _best_of_another(settings: Settings) -> list[FrozenTrial]:
+    """Return the complete trials of FROM_STUDY, the best first; none without it.
+
+    Raises:
+        UserError: there is no such study, or no trial of it is complete.
+    """
+    if settings.from_study is None:
+        return []
+    url, name = settings.from_study
+    other = replace(settings, study_db=url, study_name=name)
+    try:
+        with clear_errors(other):
+            return _best_of(other)
+    except UserError as error:
+        raise UserError(f"FROM_STUDY: {error}") from error
+
+
+def _best_of(other: Settings) -> list[FrozenTrial]:
+    if other.sqlite_path and not other.sqlite_path.is_file():
+        raise UserError(f"there is no file {other.sqlite_path}")
+    storage = open_storage(other)
+    names = optuna.get_all_study_names(storage=storage)
+    if other.study_name not in names:
+        known = ", ".join(sorted(names)) or "none"
+        raise UserError(f"there is no study {other.study_name!r}; studies there: {known}")
+    study = optuna.load_study(study_name=other.study_name, storage=storage)
+    if not (best := best_trials(study)):
+        raise UserError(f"{other.study_name!r}: {without_best(study)}")
+    return best
 
 
 def _that_fit(

@@ -12,8 +12,8 @@ study.
 
 from __future__ import annotations
 
+import math
 import warnings
-from copy import copy
 from typing import Any
 
 import optuna
@@ -58,18 +58,49 @@ def _goes_on(trial: FrozenTrial, others: list[FrozenTrial]) -> bool:
     return ahead and not may_mean_epochs
 
 
-class Halving(pruners.SuccessiveHalvingPruner):
-    """Optuna's, for which a trial's resource is its number of reports, not its last step.
+class Halving(BasePruner):
+    """Asynchronous successive halving that stops: decides as Optuna's SuccessiveHalvingPruner.
 
-    Steps are epochs from 0 in our examples: Optuna would begin after the second, not the first.
+    Optuna's takes a trial's last step for its resource, though that is 0 after the first epoch,
+    and notes in a trial what it has passed: one that was interrupted, imported, or begun with
+    another pruner would be compared with what others had reported at another epoch, or not at all.
+    This one looks at the reports alone, and writes nothing.
+
+    Args:
+        min_resource: reports until the first decision.
+        reduction_factor: times as many until the next; one of so many goes on.
+
+    Raises:
+        ValueError: one of them is no whole number, or too small.
     """
 
+    def __init__(self, min_resource: int = 1, reduction_factor: int = 3) -> None:
+        for name, value, least in (
+            ("min_resource", min_resource, 1),
+            ("reduction_factor", reduction_factor, 2),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} is no whole number from {least}")
+        self._first, self._factor = min_resource, reduction_factor
+
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Say whether the trial is to be stopped after this report."""
-        counted = copy(trial)
-        values = [value for _, value in sorted(trial.intermediate_values.items())]
-        counted.intermediate_values = dict(enumerate(values, start=1))
-        return super().prune(study, counted)
+        """Compare with what all others have reported at the same step, if one is due."""
+        step = trial.last_step
+        if step is None or not self._is_due(len(trial.intermediate_values)):
+            return False
+        sign = -1.0 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1.0
+        mine = sign * trial.intermediate_values[step]
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        reported = [t.intermediate_values[step] for t in others if step in t.intermediate_values]
+        better = sum(sign * value < mine for value in reported)
+        places = max(1, (len(reported) + 1) // self._factor)
+        return math.isnan(mine) or better >= places
+
+    def _is_due(self, reports: int) -> bool:
+        due = self._first
+        while due < reports:
+            due *= self._factor
+        return due == reports
 
 
 def number_of_reports(trial: FrozenTrial, complete: list[FrozenTrial]) -> int | None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from hpo.settings import Settings, UserError, study_url
 from hpo.study import leases, tables
 from hpo.study.engines import Transaction
 from hpo.study.engines.postgresql import PostgreSQL
-from hpo.study.engines.sqlite_file import StudyFile, is_young, new_database, whole_copy
+from hpo.study.engines.sqlite_file import StudyFile, is_young, new_database, refuse_loss, whole_copy
 from hpo.study.opening import clear_errors, open_storage, open_study
 from hpo.study.optuna_private import FrozenStudy, storage_of, study_id
 from hpo.study.storage import SQLiteStorage
@@ -51,6 +51,7 @@ def backup(storage: SQLiteStorage, number: int, target: Path, max_age: float) ->
             closing(_in_memory(_read(storage, number))) as memory,
             whole_copy(memory, str(target)) as copy,
         ):
+            refuse_loss(copy, str(target))
             os.replace(copy, target)
     return True
 
@@ -77,8 +78,9 @@ def copy_study(settings: Settings, url: str) -> str:
         _check_free(settings)
         copied = _copy_folder(source.checkpoints, settings.checkpoints)
         try:
-            _write_to(settings, content)
-            _check_quiet(content, _read(storage, number), source)
+            _write_to(
+                settings, content, lambda: _check_quiet(content, _read(storage, number), source)
+            )
         except BaseException:
             if copied:
                 shutil.rmtree(settings.checkpoints)
@@ -115,19 +117,22 @@ def _in_memory(content: _Content) -> Any:
     return memory
 
 
-def _write_to(settings: Settings, content: _Content) -> None:
+def _write_to(settings: Settings, content: _Content, check: Callable[[], None]) -> None:
+    """Write a study to STUDY_DB; `check` is called last, and what it raises undoes all."""
     path = settings.sqlite_path
     if path and not path.exists():
         with (
             closing(_in_memory(content)) as memory,
             whole_copy(memory, str(path)) as copy,
         ):
+            check()
             os.link(copy, path)
         return
     storage = open_storage(settings, create=True)
     assert isinstance(storage, SQLiteStorage)
     with storage.file.write() as db:
         _write(db, content)
+        check()
 
 
 def _check_free(settings: Settings) -> None:

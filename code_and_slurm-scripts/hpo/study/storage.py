@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Container, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,8 @@ class SQLiteStorage(BaseStorage):
     def return_held(self) -> None:
         """Give all of this worker's trials back: its sampler has failed before they began."""
         for number in self._held.ids():
-            self.return_trial(number, excused=True)
+            with suppress(LeaseLost):
+                self.return_trial(number, excused=True)
 
     def return_stale_trials(
         self, study_id: int, *, alive_jobs: Collection[str] | None = None

@@ -63,8 +63,9 @@ def prepare_base(settings: Settings) -> None:
         if not any(folder.glob(pattern)):
             raise UserError(f"MODEL: {folder} has no {pattern}: is it a model's folder?")
     try:
+        models: Any = AutoModelForCausalLM
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            models.from_config(AutoConfig.from_pretrained(folder))
         tokenizer_of(folder)
     except UserError:
         raise
@@ -96,7 +97,7 @@ def load_base(folder: str | Path, checkpointing: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
     # peft asks for what is called otherwise since transformers 5.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated")
     dtype = torch.bfloat16 if gpu_has_bf16(pick_device()) else torch.float32
@@ -133,25 +134,21 @@ def adapter_of(model: nn.Module) -> dict[str, Tensor]:
 def _make_tiny(folder: Path) -> None:
     """Write a language model of 0.2 million random weights, whole or not at all.
 
-    A token is a byte.  Other workers may do the same just now: the weights are the same.
+    Other workers may do the same just now: the weights are the same.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    marks = ["<pad>", "<end>"]
-    vocabulary = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    bytewise = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytewise, pad_token="<pad>", eos_token="<end>"
-    )
+    tokenizer = _bytewise_tokenizer()
     sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2}
     heads: dict[str, Any] = {"num_attention_heads": 4, "max_position_embeddings": 512}
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), pad_token_id=0, bos_token_id=None, eos_token_id=1,
-        initializer_range=0.15, **sizes, **heads,
-    )  # fmt: skip
+    marks: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    # Weights that are larger than usual: a frozen output layer has to be able to be sure.
+    config = LlamaConfig(initializer_range=0.15, **sizes, **heads, **marks)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         with torch.random.fork_rng(devices=[]):
@@ -165,3 +162,16 @@ def _make_tiny(folder: Path) -> None:
             raise UserError(f"{folder} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _bytewise_tokenizer() -> Any:
+    """Return a tokenizer whose tokens are the bytes, besides <pad> (0) and <end> (1)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytewise = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    wrapped: Any = PreTrainedTokenizerFast
+    return wrapped(tokenizer_object=bytewise, pad_token="<pad>", eos_token="<end>")

@@ -38,7 +38,7 @@ from torch import Tensor, distributed, nn
 from hpo import gpu
 from hpo.settings import Settings, UserError, use
 
-TrainModel: TypeAlias = Callable[[dict[str, Any], "optuna.Trial | None"], float]
+TrainModel: TypeAlias = Callable[[dict[str, Any], Any], float]  # configuration, trial
 Connection: TypeAlias = "connection.Connection[Any, Any]"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # for the worker, hpo/drain.py
 

@@ -313,8 +313,8 @@ class StudyFile:
         """Copy the study to `target` unless that is younger than `max_age` seconds.
 
         The copy is consistent (sqlite3's backup), checked and on the disk before it takes the
-        name; a damaged study never replaces a good backup. Returns whether a copy was made.
-        Raises CorruptStudy, DiskFull.
+        name; a damaged study never replaces a good backup, nor does one that has lost trials.
+        Returns whether a copy was made.  Raises CorruptStudy, DiskFull.
         """
         target = os.path.abspath(target)
         if is_young(target, max_age):
@@ -323,5 +323,28 @@ class StudyFile:
             closing(sqlite3.connect(f"{Path(self.path).as_uri()}?mode=rw", uri=True)) as source,
             whole_copy(source, target) as copy,
         ):
+            refuse_loss(copy, target)
             os.replace(copy, target)
         return True
+
+
+def refuse_loss(copy: str, target: str) -> None:
+    """Raise CorruptStudy if a backup has a study, or trials of one, that its successor has not."""
+    now = _trials_by_study(copy)
+    for name, trials in _trials_by_study(target).items():
+        if now.get(name, -1) < trials:
+            left = f"has {now[name]}" if name in now else "is not there"
+            raise CorruptStudy(
+                f"study {name!r} {left}, and {trials} trials in its backup, which stays as it is: "
+                f"if that is meant, move it away: {target}"
+            )
+
+
+def _trials_by_study(path: str) -> dict[str, int]:
+    """Return how many trials each study of a file has; nothing of a file that cannot be read."""
+    sql = "SELECT study_name, count(trial_id) FROM studies LEFT JOIN trials USING (study_id) "
+    try:
+        with closing(sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True)) as db:
+            return dict(db.execute(sql + "GROUP BY study_id").fetchall())
+    except sqlite3.Error:
+        return {}

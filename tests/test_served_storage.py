@@ -30,6 +30,7 @@ from hpo.study.optuna_private import storage_of
 from hpo.study.served import OWN, ServedStorage, Server, ServerGone, announce, find_server
 from hpo.study.server import own_address
 from hpo.study.storage import NoTrialLeft, SQLiteStorage
+from hpo.study.trials import is_final
 from hpo.trial import Outcome, _give_back
 
 OBJECTIVE = HELPERS / "objective_for_tests.py"
@@ -120,8 +121,9 @@ def test_workers_outlive_their_server(
 
     One worker has left its first trial, with status 0: it is started again, too.
     """
-    workers = [start(rank, BEHAVIOUR="slow") for rank in range(1, WORKERS)]
-    workers.append(start(0, BEHAVIOUR="leave once", LEFT=str(tmp_path / "left")))
+    workers = [start(rank, BEHAVIOUR="slow", FINAL_SEEDS="2") for rank in range(1, WORKERS)]
+    left = {"BEHAVIOUR": "leave once", "LEFT": str(tmp_path / "left")}
+    workers.append(start(0, FINAL_SEEDS="2", **left))
     here = storage()
     before = find_server(own_study)
 
@@ -153,6 +155,8 @@ def test_workers_outlive_their_server(
     assert [(trial.number, trial.state, len(trial.params)) for trial in trials] == [
         (number, TrialState.COMPLETE, 1) for number in range(12)
     ]
+    assert [is_final(trial) for trial in trials] == [False] * 7 + [True] * 5
+    assert len({trial.user_attrs["final_of"] for trial in trials[7:]}) == 5
 
 
 def rejected(call: Callable[[], Any]) -> bool:

@@ -40,6 +40,6 @@ Imported from outside are opening, trials, upkeep, optuna_private, and storage f
                  runs), studies, tables and cache, and under them sqlite_file and leases
     served       a worker's side of a served study;  server: the process that serves it
     upkeep       the thread that renews leases, returns dead workers' trials, makes the backup
-    trials       what the trials add up to: counts, the total, the best, the reasons
+    trials       what the trials add up to: counts, the total, the best, why some failed
     optuna_private   the names of Optuna that are not public, each held by a test
 """

@@ -302,6 +302,10 @@ class SQLiteStorage(BaseStorage):
         """Set a user attribute. Raises KeyError."""
         self._studies.set_attribute("study_user", study_id, key, value)
 
+    def set_study_user_attr_once(self, study_id: int, key: str, value: Any) -> None:
+        """Set a user attribute unless it is there, in one transaction."""
+        self._studies.set_once(study_id, key, value)
+
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
         """Set an attribute of Optuna's. Raises KeyError."""
         self._studies.set_attribute("study_system", study_id, key, value)

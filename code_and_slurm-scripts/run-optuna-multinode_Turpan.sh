@@ -50,7 +50,9 @@
 set -euo pipefail
 
 # ---------- USER CONFIG: EDIT ----------
-CONTAINER="${CONTAINER:-/work/conteneurs/sessions-interactives/pytorch-24.02-py3-calmip-si.sif}"
+# module load …                            # elsewhere than on Turpan: OTHER_SITE.txt
+CONTAINER="${CONTAINER-/work/conteneurs/sessions-interactives/pytorch-24.02-py3-calmip-si.sif}"
+BINDS="${BINDS-/tmpdir,/work}"             # folders that the container shall see, beside HOME
 PY_SCRIPT="${PY_SCRIPT:-optuna_mnist.py}"  # the script with your objective, in this folder
 STUDY_DB="${STUDY_DB:-sqlite:///study.db}" # relative to this folder
 STUDY_NAME="${STUDY_NAME:-mnist_hpo}"

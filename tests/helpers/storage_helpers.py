@@ -22,8 +22,10 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from hpo.study.sqlite_file import create_study_file
+from hpo.study.engines.postgresql import PostgreSQL
+from hpo.study.engines.sqlite_file import StudyFile, create_study_file
 from hpo.study.storage import LeaseLost, NoTrialLeft, SQLiteStorage
+from postgresql_server import ask
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 NAME = "study"
@@ -36,8 +38,27 @@ def make_study(folder: Path) -> Path:
     return path
 
 
+def place_of(path: Path, options: dict[str, Any]) -> Path | PostgreSQL:
+    """Return the file, or the server whose URL is in it; it takes the options that are its own."""
+    if path.suffix != ".url":
+        return path
+    return PostgreSQL(path.read_text(), options.pop("timeout", 60.0))
+
+
+def stock_url(path: Path) -> str:
+    """Return the URL of a study for stock Optuna."""
+    if path.suffix == ".url":
+        return path.read_text().replace("postgresql:", "postgresql+psycopg:")
+    return f"sqlite:///{path}"
+
+
+def stock_storage(path: Path) -> optuna.storages.RDBStorage:
+    options = {} if path.suffix == ".url" else {"connect_args": {"timeout": 60}}
+    return optuna.storages.RDBStorage(stock_url(path), engine_kwargs=options)
+
+
 def open_study(path: Path, rank: object = "test", seed: int = 0, **options: Any) -> optuna.Study:
-    storage = SQLiteStorage(path, worker=f"worker {rank}", **options)
+    storage = SQLiteStorage(place_of(path, options), worker=f"worker {rank}", **options)
     sampler = optuna.samplers.RandomSampler(seed=seed)
     pruner = optuna.pruners.NopPruner()
     return optuna.load_study(study_name=NAME, storage=storage, sampler=sampler, pruner=pruner)
@@ -46,6 +67,11 @@ def open_study(path: Path, rank: object = "test", seed: int = 0, **options: Any)
 def storage_of(study: optuna.Study) -> SQLiteStorage:
     assert isinstance(study._storage, SQLiteStorage)
     return study._storage
+
+
+def file_of(storage: SQLiteStorage) -> StudyFile:
+    assert isinstance(storage.file, StudyFile)
+    return storage.file
 
 
 def suggest(trial: optuna.Trial) -> dict[str, Any]:
@@ -168,18 +194,21 @@ def kill(pid: int) -> None:
 
 def read_trials(path: Path) -> list[optuna.trial.FrozenTrial]:
     """What stock Optuna reads."""
-    study = optuna.load_study(study_name=NAME, storage=f"sqlite:///{path}")
+    study = optuna.load_study(study_name=NAME, storage=stock_url(path))
     return study.get_trials(deepcopy=False)
 
 
 def sql(path: Path, statement: str) -> list[Any]:
+    if path.suffix == ".url":
+        return ask(path.read_text(), statement)
     with closing(sqlite3.connect(path, timeout=60)) as db:
         return db.execute(statement).fetchall()
 
 
 def check_study(path: Path, total: int, *, reports: int | None = EPOCHS) -> None:
     """Assert exactly once: numbers without gap, all COMPLETE, each with its rows once, healthy."""
-    assert sql(path, "PRAGMA integrity_check") == [("ok",)]
+    if path.suffix != ".url":
+        assert sql(path, "PRAGMA integrity_check") == [("ok",)]
     assert not list(path.parent.glob(f".{path.name}*.new"))
     trials = read_trials(path)
     assert [t.number for t in trials] == list(range(total))

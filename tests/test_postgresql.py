@@ -414,6 +414,14 @@ def test_a_reader_may_look_and_another_optuna_is_refused(url: str) -> None:
         create_or_open_study(Settings.from_env(STUDY_DB=url))
 
 
+def test_what_ends_by_itself_is_told_from_what_a_person_mends() -> None:
+    away = ["connection refused", "FATAL:  the database system is starting up",
+            "FATAL:  terminating connection due to administrator command"]  # fmt: skip
+    mend = ['FATAL:  password authentication failed for user "x"', "ERROR:  permission denied"]
+    found = [postgresql.is_away(Exception(text)) for text in [*away, *mend]]
+    assert found == [True] * len(away) + [False] * len(mend)
+
+
 def test_eight_make_the_tables_at_once(url: str) -> None:
     settings = Settings.from_env(STUDY_DB=url)
     assert wait([fork(create_or_open_study, settings) for _ in range(8)]) == [0] * 8

@@ -46,6 +46,7 @@ from hpo.search.remembered import Plan, adopt_space, plan_of
 from hpo.search.samplers import assign, make_sampler, sampler_seed
 from hpo.settings import Settings, UserError, use
 from hpo.site import SITE_FAULT, Patience, SiteFault
+from hpo.study.engines.postgresql import ServerAway
 from hpo.study.engines.sqlite_file import DiskFull, StudyBusy
 from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id, trial_id
@@ -122,11 +123,11 @@ def run_worker(objective: Objective) -> int:
 
 
 def _open(settings: Settings) -> optuna.Study:
-    """Open the study; a disk that is full, or away, is the site's fault, all else the user's."""
+    """Open the study; a disk or a server that is away is the site's fault, all else the user's."""
     try:
         return create_or_open_study(settings)
     except UserError as error:
-        if isinstance(error.__cause__, (DiskFull, StudyBusy, ServerGone)):
+        if isinstance(error.__cause__, (DiskFull, StudyBusy, ServerAway, ServerGone)):
             raise error.__cause__ from None
         raise
 

@@ -17,8 +17,12 @@ from hpo import settings
 MANUALS = ("README.txt", "LISEZMOI.txt")
 SITES = ("code_and_slurm-scripts/OTHER_SITE.txt", "code_and_slurm-scripts/AUTRE_SITE.txt")
 PAGES = ("code_and_slurm-scripts/OWN_MODEL.txt", "code_and_slurm-scripts/MON_MODELE.txt")
+SYMPTOMS = ("code_and_slurm-scripts/SYMPTOMS.txt", "code_and_slurm-scripts/SYMPTOMES.txt")
 ENGLISH_ONLY = ("tests/benchmarks/README.txt", "tests/plain_training/README.txt")
-TEXTS = {name: (BUNDLE / name).read_text() for name in (*MANUALS, *PAGES, *SITES, *ENGLISH_ONLY)}
+TEXTS = {
+    name: (BUNDLE / name).read_text()
+    for name in (*MANUALS, *PAGES, *SITES, *SYMPTOMS, *ENGLISH_ONLY)
+}
 CODE = "".join(path.read_text() for path in sorted(SCRIPTS.rglob("*.[ps][yh]")))
 BATCH = (SCRIPTS / "run-optuna-multinode_Turpan.sh").read_text()
 # A line to type: settings, a program, its arguments; "  # …" says something about it.
@@ -120,14 +124,26 @@ def test_every_sampler_and_pruner_is_explained(name: str) -> None:
         assert re.search(rf"^(?: +|[A-Z]+=){choice} {{2}}", TEXTS[name], re.M), choice
 
 
-@pytest.mark.parametrize("name", MANUALS)
+@pytest.mark.parametrize("name", SYMPTOMS)
 def test_messages_that_are_quoted_are_in_the_code(name: str) -> None:
-    chapter = TEXTS[name].split("\n8. ")[1].split("\n9. ")[0]
-    quoted = re.findall(r'"(.+?)"', chapter)
-    assert len(quoted) >= 12
+    quoted = re.findall(r'"(.+?)"', TEXTS[name])
+    assert len(quoted) >= 20
     for message in quoted:
         for part in filter(None, message.split("…")):  # … is what differs from case to case
             assert part.strip() in CODE, message
+
+
+@pytest.mark.parametrize(("manual", "page"), list(zip(MANUALS, SYMPTOMS, strict=True)))
+def test_the_manual_s_symptoms_are_those_of_the_page(manual: str, page: str) -> None:
+    chapter = TEXTS[manual].split("\n8. ")[1].split("\n9. ")[0]
+    symptoms = re.split(r"\n(?=\S)", chapter)[1:-1]
+    assert len(symptoms) >= 8
+    assert [text for text in symptoms if text.strip("\n") not in TEXTS[page]] == []
+
+
+def test_both_pages_of_symptoms_quote_the_same() -> None:
+    english, french = (re.findall(r'"(.+?)"', TEXTS[page]) for page in SYMPTOMS)
+    assert english == french
 
 
 def test_the_image_is_the_one_of_the_batch_script() -> None:

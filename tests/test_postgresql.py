@@ -294,7 +294,7 @@ def test_a_worker_frozen_in_a_claim_holds_up_nobody_for_long(
     assert open_path(path).ask().number == 0  # waits until the server has ended its transaction
     os.kill(frozen, signal.SIGCONT)
     assert wait([frozen]) == [1]
-    assert "ServerError" in (path.parent / "errors").read_text()
+    assert "idle-in-transaction timeout" in (path.parent / "errors").read_text()
 
 
 # ---- copies --------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from hpo.search.samplers import assign, make_sampler, sampler_seed
 from hpo.settings import Settings, UserError, use
 from hpo.site import SITE_FAULT, Patience, SiteFault
 from hpo.study.engines.postgresql import ServerAway
-from hpo.study.engines.sqlite_file import DiskFull, StudyBusy
+from hpo.study.engines.sqlite_errors import DiskFull, StudyBusy
 from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id, trial_id
 from hpo.study.served import Leased, ServerGone

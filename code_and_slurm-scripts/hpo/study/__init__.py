@@ -1,7 +1,8 @@
 """Where a study lives, and how its workers share it.
 
 A study is one SQLite file, or in a PostgreSQL database, in Optuna's own tables, so that stock
-Optuna of the tested version and optuna-dashboard may open it at any time.  Nobody directs the workers.  Each of them, one per GPU,
+Optuna of the tested version and optuna-dashboard may open it at any time.  Nobody directs the
+workers.  Each of them, one per GPU,
 
 1. claims a trial: a waiting one if there is one, otherwise a new one while the study has fewer
    than TOTAL_TRIALS.  The claim and the count are one transaction;
@@ -25,9 +26,9 @@ The file belongs to that job until it ends; everybody else reads the backup.  If
 it is started again, and the workers wait.
 
 Backup.  While workers run, study.db.backup beside study.db is a whole copy, checked and at most a
-minute old; of a study on a server it is an SQLite file beside the scripts, which is named after
-database and study, and which every program here opens.  A damaged study, or one that has lost trials, never replaces it.  It is for readers:
-workers refuse it, and what shows it says how old it is.
+minute old; of a study on a server it is an SQLite file beside the scripts, named after database and
+study, which every program here opens.  A damaged study, or one that has lost trials, never replaces
+it.  It is for readers: workers refuse it, and what shows it says how old it is.
 
 A PostgreSQL server that is away is waited for: 15 s in each call, then as hpo/site.py says.
 

@@ -23,7 +23,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.study.engines import EngineError
-from hpo.study.engines.sqlite_file import CorruptStudy, DiskFull, StudyBusy, StudyFileError
+from hpo.study.engines.sqlite_errors import CorruptStudy, DiskFull, StudyBusy, StudyFileError
 from hpo.study.storage import LeaseLost, NoTrialLeft, SQLiteStorage
 from storage_helpers import (
     EPOCHS,

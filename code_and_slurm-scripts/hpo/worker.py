@@ -47,7 +47,8 @@ from hpo.search.pruners import check_search
 from hpo.search.remembered import Plan, adopt_space, plan_of
 from hpo.settings import Settings, UserError, use
 from hpo.site import SITE_FAULT, Patience, SiteFault
-from hpo.study.engines.sqlite_file import DiskFull, StudyBusy
+from hpo.study.engines.postgresql import ServerAway
+from hpo.study.engines.sqlite_errors import DiskFull, StudyBusy
 from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id, trial_id
 from hpo.study.served import Leased, ServerGone
@@ -125,11 +126,11 @@ def run_worker(objective: Objective) -> int:
 
 
 def _open(settings: Settings) -> optuna.Study:
-    """Open the study; a disk that is full, or away, is the site's fault, all else the user's."""
+    """Open the study; a disk or a server that is away is the site's fault, all else the user's."""
     try:
         return create_or_open_study(settings)
     except UserError as error:
-        if isinstance(error.__cause__, (DiskFull, StudyBusy, ServerGone)):
+        if isinstance(error.__cause__, (DiskFull, StudyBusy, ServerAway, ServerGone)):
             raise error.__cause__ from None
         raise
 

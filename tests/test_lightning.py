@@ -1,0 +1,142 @@
+"""Lightning's Trainer as an objective: the same result after each interruption."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from hpo import checkpoint
+from hpo.drain import Drain, Drained
+from hpo.settings import Settings, UserError
+from hpo.study.opening import create_or_open_study
+from hpo.trial import run_trial
+
+if not os.environ.get("CI"):
+    pytest.importorskip("lightning")
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from hpo.loops.lightning import StudyCallback, devices, last_checkpoint
+
+EPOCHS = 4
+QUIET: dict[str, Any] = {
+    "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
+    "accelerator": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def study() -> optuna.Study:
+    """Return the test's study."""
+    return create_or_open_study(Settings.from_env())
+
+
+class Net(LightningModule):  # type: ignore[misc, unused-ignore]
+    """A network with dropout, and a schedule that looks at the metric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 2))
+
+    def training_step(self, batch: Any, number: int) -> torch.Tensor:
+        return functional.cross_entropy(self.layers(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, number: int) -> None:
+        loss = functional.cross_entropy(self.layers(batch[0]), batch[1])
+        self.log("val_loss", loss, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        adam = torch.optim.Adam(self.parameters(), lr=0.05)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, patience=0, threshold=10.0)
+        return {
+            "optimizer": adam, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}
+        }  # fmt: skip
+
+
+def train(trial: optuna.Trial, metric: str = "val_loss", **changes: Any) -> float:
+    """Train the network with shuffled data."""
+    torch.manual_seed(0)
+    rows = torch.randn(96, 4)
+    data = TensorDataset(rows, (rows[:, 0] > 0).long())
+    model, callback = Net(), StudyCallback(trial, metric)
+    folder = checkpoint.folder(trial)
+    options = {"max_epochs": EPOCHS, "logger": False, "callbacks": [callback], **QUIET, **changes}
+    trainer = Trainer(default_root_dir=folder, **options, **devices())
+    loaders = DataLoader(data, 16, shuffle=True), DataLoader(data, 96)
+    trainer.fit(model, *loaders, ckpt_path=last_checkpoint(trial))
+    return callback.value
+
+
+def drained(trial: optuna.Trial) -> bool:
+    """Stand for should_prune() of a worker that drains."""
+    raise Drained
+
+
+def test_trial_that_is_interrupted_after_each_epoch(study: optuna.Study) -> None:
+    study.ask().suggest_float("x", 0, 1)
+    run_trial(study, optuna.Trial(study, 1), train, Drain(float("inf")))
+    study.ask().suggest_float("x", 0, 1)
+    trial = optuna.Trial(study, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna.Trial, "should_prune", drained)
+        for epoch in range(EPOCHS - 1):
+            torch.manual_seed(epoch)
+            with pytest.raises(Drained):
+                train(trial)
+            [path] = checkpoint.folder(trial).iterdir()
+            assert last_checkpoint(trial) == str(path)
+    run_trial(study, trial, train, Drain(float("inf")))
+    one, other = study.get_trials()
+    assert one.state == other.state == TrialState.COMPLETE, other.user_attrs
+    assert list(one.intermediate_values) == list(range(EPOCHS))
+    assert len(set(one.intermediate_values.values())) == EPOCHS
+    assert one.intermediate_values == other.intermediate_values
+    assert one.value == other.value == one.intermediate_values[EPOCHS - 1]
+    paths = [checkpoint.weights_path(Settings.from_env(), number) for number in (0, 1)]
+    first, second = (torch.load(path, weights_only=True) for path in paths)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    Net().load_state_dict(first)
+
+
+def test_pruned(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    run_trial(study, trial, train, Drain(float("inf")))
+    [found] = study.get_trials()
+    assert found.state == TrialState.PRUNED
+    assert list(found.intermediate_values) == [0]
+    assert not list(Settings.from_env().checkpoints.iterdir())
+
+
+def test_logger_writes_for_every_worker(study: optuna.Study, tmp_path: Path) -> None:
+    """Lightning was imported by a process whose SLURM_PROCID was 1."""
+    rank_zero_only.rank = 1
+    train(study.ask(), logger=CSVLogger(tmp_path), max_epochs=1)
+    [path] = tmp_path.glob("lightning_logs/*/metrics.csv")
+    assert "val_loss" in path.read_text()
+
+
+def test_other_callbacks_and_rare_validations(study: optuna.Study) -> None:
+    trial = study.ask()
+    early = EarlyStopping("val_loss", mode="max", patience=1)  # it falls: one more, then the end
+    callbacks = [StudyCallback(trial), early]
+    torch.manual_seed(0)
+    train(trial, callbacks=callbacks, check_val_every_n_epoch=2, max_epochs=8)
+    assert list(study.get_trials()[0].intermediate_values) == [1, 3]
+
+
+def test_metric_that_is_not_logged(study: optuna.Study) -> None:
+    with pytest.raises(UserError, match="val_accuracy: the LightningModule logs val_loss"):
+        train(study.ask(), "val_accuracy")

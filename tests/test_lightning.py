@@ -31,7 +31,7 @@ from hpo.loops.lightning import StudyCallback, devices, last_checkpoint
 
 EPOCHS = 4
 QUIET: dict[str, Any] = {
-    "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
+    "enable_progress_bar": False, "enable_model_summary": False,
     "accelerator": "cpu",
 }  # fmt: skip
 
@@ -71,7 +71,9 @@ def train(trial: optuna.Trial, metric: str = "val_loss", **changes: Any) -> floa
     data = TensorDataset(rows, (rows[:, 0] > 0).long())
     model, callback = Net(), StudyCallback(trial, metric)
     folder = checkpoint.folder(trial)
-    options = {"max_epochs": EPOCHS, "logger": False, "callbacks": [callback], **QUIET, **changes}
+    # The loss falls, and so the training ends after EPOCHS epochs.
+    callbacks = [callback, EarlyStopping("val_loss", mode="max", patience=EPOCHS - 1)]
+    options = {"max_epochs": 9, "logger": False, "callbacks": callbacks, **QUIET, **changes}
     trainer = Trainer(default_root_dir=folder, **options, **devices())
     loaders = DataLoader(data, 16, shuffle=True), DataLoader(data, 96)
     trainer.fit(model, *loaders, ckpt_path=last_checkpoint(trial))
@@ -94,8 +96,9 @@ def test_trial_that_is_interrupted_after_each_epoch(study: optuna.Study) -> None
             torch.manual_seed(epoch)
             with pytest.raises(Drained):
                 train(trial)
-            [path] = checkpoint.folder(trial).iterdir()
-            assert last_checkpoint(trial) == str(path)
+            found = sorted(path.name for path in checkpoint.folder(trial).iterdir())
+            assert found == [f"epoch-00000{epoch + 1}{end}" for end in (".ckpt", ".late")]
+            (checkpoint.folder(trial) / "epoch-000009.ckpt").touch()  # was not whole: it ends here
     run_trial(study, trial, train, Drain(float("inf")))
     one, other = study.get_trials()
     assert one.state == other.state == TrialState.COMPLETE, other.user_attrs
@@ -128,12 +131,10 @@ def test_logger_writes_for_every_worker(study: optuna.Study, tmp_path: Path) -> 
     assert "val_loss" in path.read_text()
 
 
-def test_other_callbacks_and_rare_validations(study: optuna.Study) -> None:
-    trial = study.ask()
-    early = EarlyStopping("val_loss", mode="max", patience=1)  # it falls: one more, then the end
-    callbacks = [StudyCallback(trial), early]
-    torch.manual_seed(0)
-    train(trial, callbacks=callbacks, check_val_every_n_epoch=2, max_epochs=8)
+def test_epochs_without_a_validation_report_nothing(study: optuna.Study) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Net, "configure_optimizers", lambda self: torch.optim.SGD(self.parameters()))
+        train(study.ask(), check_val_every_n_epoch=2, max_epochs=EPOCHS)
     assert list(study.get_trials()[0].intermediate_values) == [1, 3]
 
 

@@ -114,7 +114,7 @@ class Rounds:
 
 def pick(metric: str, found: dict[str, float]) -> float:
     """Return the metric of that name, or the last one. Raises UserError without it."""
-    if not found or metric and metric not in found:
+    if not found or (metric and metric not in found):
         what = ", ".join(found) or "none: give it data to evaluate on"
         raise UserError(f"metric={metric!r}: those of the last data set are {what}")
     return found[metric] if metric else list(found.values())[-1]

@@ -11,7 +11,7 @@ The same with its scikit-learn interface: XGBClassifier(n_estimators=callback.le
 callbacks=[callback]).fit(…, eval_set=…, xgb_model=callback.model).
 
 The metric is that of the last of `evals`.  With patience=20 the training ends 20 rounds after the
-best one, and the best model and its metric are the trial's; early_stopping_rounds of XGBoost forgets
+best one, and the best model and its metric are the trial's; its early_stopping_rounds forgets
 its count when a trial goes on.  The model is model.ubj in the trial's folder (hpo/checkpoint.py),
 and stays there for the best trials: xgboost.Booster(model_file=…) reads it.
 

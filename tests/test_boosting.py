@@ -164,7 +164,7 @@ def predicted(path: Path) -> list[float]:
     """Return what a model says of the rows that it has not seen."""
     rows = PARTS[1][0]
     if path.suffix == ".ubj":
-        found = xgboost.Booster(model_file=str(path)).predict(xgboost.DMatrix(rows))
+        found: Any = xgboost.Booster(model_file=str(path)).predict(xgboost.DMatrix(rows))
     else:
         found = lightgbm.Booster(model_file=str(path)).predict(rows)
     return [float(number) for number in found]

@@ -22,10 +22,9 @@ from hpo.trial import run_trial
 
 if not os.environ.get("CI"):
     pytest.importorskip("lightning")
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, utilities
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from hpo.loops.lightning import StudyCallback, devices, last_checkpoint
 
@@ -123,9 +122,11 @@ def test_pruned(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(Settings.from_env().checkpoints.iterdir())
 
 
-def test_logger_writes_for_every_worker(study: optuna.Study, tmp_path: Path) -> None:
+def test_logger_writes_for_every_worker(
+    study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lightning was imported by a process whose SLURM_PROCID was 1."""
-    rank_zero_only.rank = 1
+    monkeypatch.setattr(utilities.rank_zero_only, "rank", 1)
     train(study.ask(), logger=CSVLogger(tmp_path), max_epochs=1)
     [path] = tmp_path.glob("lightning_logs/*/metrics.csv")
     assert "val_loss" in path.read_text()

@@ -69,7 +69,10 @@ class StudyCallback:
         self._metric = metric
         self._rounds = Rounds(trial, every, patience, "model.txt")
         # What the training is given as `callbacks`.
-        self.both = [_At(self._before, before=True), _At(self._after, before=False)]
+        self.both: list[Callable[..., Any]] = [
+            _At(self._before, before=True),
+            _At(self._after, before=False),
+        ]
 
     @property
     def model(self) -> str | None:

@@ -35,9 +35,9 @@ from typing import Any
 
 import optuna
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.pytorch import utilities
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 from hpo import checkpoint
@@ -76,7 +76,7 @@ class StudyCallback(Checkpoint):  # type: ignore[misc, unused-ignore]
         self._validated = False
         self._saved = 0  # epochs that were finished when Lightning saved last
         self._late: dict[str, Any] | None = None  # to be put back when the training goes on
-        rank_zero_only.rank = _rank()
+        _show_rank()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what Lightning's checkpoint keeps of this callback."""
@@ -176,13 +176,18 @@ class _Together(ClusterEnvironment):  # type: ignore[misc, unused-ignore]
         return _rank()
 
     def set_global_rank(self, rank: int) -> None:
-        rank_zero_only.rank = rank
+        _show_rank()
 
     def local_rank(self) -> int:
         return _rank()
 
     def node_rank(self) -> int:
         return 0
+
+
+def _show_rank() -> None:
+    rank_zero_only: Any = utilities.rank_zero_only
+    rank_zero_only.rank = _rank()
 
 
 def _rank() -> int:

@@ -1,0 +1,31 @@
+"""What tests of plain scripts and their studies share: the difference that a page shows."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+
+def lines(path: Path) -> list[str]:
+    """Return the lines of a script that are not blank."""
+    return [line for line in path.read_text().splitlines() if line.strip()]
+
+
+def changed(before: Path, after: Path) -> int:
+    """Return how many lines one changes to make a study of a script."""
+    matcher = difflib.SequenceMatcher(None, lines(before), lines(after), autojunk=False)
+    return sum(
+        max(old_end - old, new_end - new)
+        for kind, old, old_end, new, new_end in matcher.get_opcodes()
+        if kind != "equal"
+    )
+
+
+def check_page(text: str, before: Path, after: Path) -> None:
+    """Check that a page shows the difference; `text` ends before the next one."""
+    diff = difflib.unified_diff(lines(before), lines(after), n=1, lineterm="")
+    expected = ["@@" if line.startswith("@@") else line for line in diff][2:]  # without the names
+    shown = re.search(r"^    @@\n(    .*\n)+", text, re.MULTILINE)
+    assert shown, "\n".join(f"    {line}" for line in expected)
+    assert [line[4:] for line in shown[0].splitlines()] == expected

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from common import BUNDLE
 from hpo import checkpoint
 from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
@@ -205,3 +208,11 @@ def test_number_of_rounds_has_to_be_asked_for(study: optuna.Study) -> None:
             {"nthread": 1}, xgboost.DMatrix(*PARTS[0]), 3, callbacks=[callback],
             evals=[(xgboost.DMatrix(*PARTS[1]), "validation")],
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("framework", ["xgboost", "lightgbm"])
+def test_plain_script_trains(framework: str, capfd: pytest.CaptureFixture[str]) -> None:
+    script = str(BUNDLE / "tests" / "plain_loops" / f"train_{framework}.py")
+    runpy.run_path(script, run_name="__main__")
+    losses = [float(loss) for loss in re.findall(r"logloss: ?(\S+)", capfd.readouterr().out)]
+    assert losses[-1] < losses[0] < 2.3  # better than guessing

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 from typing import Any
 
 import numpy
@@ -10,6 +12,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from common import BUNDLE
 from hpo import checkpoint
 from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
@@ -106,3 +109,11 @@ def test_training_that_no_trial_can_use(
 ) -> None:
     with pytest.raises(UserError, match=says):
         train(study.ask(), metric, **changes)
+
+
+def test_plain_script_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    script = str(BUNDLE / "tests" / "plain_loops" / "train_keras.py")
+    runpy.run_path(script, run_name="__main__")
+    losses = [float(loss) for loss in re.findall(r"val_loss: (\S+)", capsys.readouterr().out)]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] < 2.3  # better than guessing

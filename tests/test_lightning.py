@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from common import BUNDLE
 from hpo import checkpoint
 from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
@@ -111,6 +114,30 @@ def test_trial_that_is_interrupted_after_each_epoch(study: optuna.Study) -> None
     Net().load_state_dict(first)
 
 
+def test_sigterm_in_mid_epoch(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning has a handler of its own for the signal; ours is called after it."""
+
+    def objective(trial: optuna.Trial) -> float:
+        return train(trial, max_epochs=2)
+
+    class Killed(Net):
+        def training_step(self, batch: Any, number: int) -> torch.Tensor:
+            if self.current_epoch == 1 and number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().training_step(batch, number)
+
+    study.ask().suggest_float("x", 0, 1)
+    run_trial(study, optuna.Trial(study, 1), objective, Drain(float("inf")))
+    study.ask().suggest_float("x", 0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.__globals__, "Net", Killed)
+        outcome = run_trial(study, optuna.Trial(study, 2), objective, Drain(float("inf")))
+    assert outcome.state == TrialState.WAITING
+    run_trial(study, study.ask(), objective, Drain(float("inf")))
+    one, other = study.get_trials()
+    assert one.value == other.value
+
+
 def test_pruned(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
     trial = study.ask()
@@ -142,3 +169,10 @@ def test_epochs_without_a_validation_report_nothing(study: optuna.Study) -> None
 def test_metric_that_is_not_logged(study: optuna.Study) -> None:
     with pytest.raises(UserError, match="val_accuracy: the LightningModule logs val_loss"):
         train(study.ask(), "val_accuracy")
+
+
+def test_plain_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = str(BUNDLE / "tests" / "plain_loops" / "train_lightning.py")
+    runpy.run_path(script, run_name="__main__")
+    assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from common import BUNDLE
 from hpo import checkpoint
 from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
 from hpo.study.opening import create_or_open_study
 from hpo.trial import run_trial
+from plain import run_plain
 
 if not os.environ.get("CI"):
     pytest.importorskip("xgboost")
@@ -211,8 +210,8 @@ def test_number_of_rounds_has_to_be_asked_for(study: optuna.Study) -> None:
 
 
 @pytest.mark.parametrize("framework", ["xgboost", "lightgbm"])
-def test_plain_script_trains(framework: str, capfd: pytest.CaptureFixture[str]) -> None:
-    script = str(BUNDLE / "tests" / "plain_loops" / f"train_{framework}.py")
-    runpy.run_path(script, run_name="__main__")
+def test_plain_script_and_its_study(framework: str, capfd: pytest.CaptureFixture[str]) -> None:
+    trial = run_plain(framework)
     losses = [float(loss) for loss in re.findall(r"logloss: ?(\S+)", capfd.readouterr().out)]
-    assert losses[-1] < losses[0] < 2.3  # better than guessing
+    assert losses[3] < losses[0] < 2.3  # better than guessing
+    assert list(trial.intermediate_values) == [9, 19, 29, 39]

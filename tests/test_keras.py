@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 from typing import Any
 
 import numpy
@@ -12,12 +11,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from common import BUNDLE
 from hpo import checkpoint
 from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
 from hpo.study.opening import create_or_open_study
 from hpo.trial import run_trial
+from plain import run_plain
 
 os.environ["KERAS_BACKEND"] = "torch"
 if not os.environ.get("CI"):
@@ -111,9 +110,9 @@ def test_training_that_no_trial_can_use(
         train(study.ask(), metric, **changes)
 
 
-def test_plain_script_trains(capsys: pytest.CaptureFixture[str]) -> None:
-    script = str(BUNDLE / "tests" / "plain_loops" / "train_keras.py")
-    runpy.run_path(script, run_name="__main__")
+def test_plain_script_and_its_study(capsys: pytest.CaptureFixture[str]) -> None:
+    trial = run_plain("keras")
     losses = [float(loss) for loss in re.findall(r"val_loss: (\S+)", capsys.readouterr().out)]
-    assert len(losses) == 5
-    assert losses[-1] < losses[0] < 2.3  # better than guessing
+    assert len(losses) == 2 * 5
+    assert losses[4] < losses[0] < 2.3  # better than guessing
+    assert len(trial.intermediate_values) == 5

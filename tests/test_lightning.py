@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import runpy
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from common import BUNDLE
 from hpo import checkpoint
 from hpo.drain import Drain, Drained
-from hpo.settings import Settings, UserError
+from hpo.settings import Settings, UserError, forget
 from hpo.study.opening import create_or_open_study
+from hpo.train import ddp
 from hpo.trial import run_trial
+from plain import run_plain
 
 if not os.environ.get("CI"):
     pytest.importorskip("lightning")
@@ -171,8 +171,28 @@ def test_metric_that_is_not_logged(study: optuna.Study) -> None:
         train(study.ask(), "val_accuracy")
 
 
-def test_plain_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_script_and_its_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    script = str(BUNDLE / "tests" / "plain_loops" / "train_lightning.py")
-    runpy.run_path(script, run_name="__main__")
+    trial = run_plain("lightning")
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
+    assert len(trial.intermediate_values) == 5
+
+
+def train_together(config: dict[str, Any], trial: optuna.Trial | None) -> float:
+    """Train in one of two processes."""
+    assert trial
+    assert ddp.processes() == 2
+    return train(trial, max_epochs=2)
+
+
+def test_two_processes(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = study.ask()
+    monkeypatch.setenv("GPUS_PER_TRIAL", "2")
+    forget()
+    value = ddp.together(train_together, {}, trial)
+    [found] = study.get_trials()
+    assert list(found.intermediate_values) == [0, 1]
+    assert value == found.intermediate_values[1] < found.intermediate_values[0]
+    assert last_checkpoint(trial)
+    checkpoint.keep_weights(trial.number)
+    assert checkpoint.weights_path(Settings.from_env(), trial.number).exists()

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
+import runpy
 from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from common import BUNDLE
+from hpo.drain import Drain
+from hpo.settings import Settings
+from hpo.study.opening import create_or_open_study
+from hpo.trial import run_trial
+
+LOOPS = BUNDLE / "tests" / "plain_loops"
 
 
 def lines(path: Path) -> list[str]:
@@ -29,3 +41,13 @@ def check_page(text: str, before: Path, after: Path) -> None:
     shown = re.search(r"^    @@\n(    .*\n)+", text, re.MULTILINE)
     assert shown, "\n".join(f"    {line}" for line in expected)
     assert [line[4:] for line in shown[0].splitlines()] == expected
+
+
+def run_plain(framework: str) -> optuna.trial.FrozenTrial:
+    """Run a script of plain_loops, then one trial of its study, in this process; return that."""
+    runpy.run_path(str(LOOPS / f"train_{framework}.py"), run_name="__main__")
+    objective = runpy.run_path(str(LOOPS / f"study_{framework}.py"))["objective"]
+    study = create_or_open_study(Settings.from_env())
+    outcome = run_trial(study, study.ask(), objective, Drain(float("inf")))
+    assert outcome.state == TrialState.COMPLETE, outcome.reason
+    return study.trials[0]

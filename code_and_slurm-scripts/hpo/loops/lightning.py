@@ -118,6 +118,8 @@ class StudyCallback(Checkpoint):  # type: ignore[misc, unused-ignore]
             self.trial.report(self.value, trainer.current_epoch)
         self._validated = False
         self._saved = trainer.current_epoch + 1
+        if self._saved == trainer.max_epochs:
+            return  # nothing would be left to do
         path = _path(self.trial, self._saved)
         if _rank():  # Lightning wants to be called by all processes; the first one writes
             trainer.save_checkpoint(path)

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from hpo import checkpoint
 from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
+from hpo.show.results import load_weights
 from hpo.study.opening import create_or_open_study
 from hpo.trial import run_trial
 from plain import run_plain
@@ -133,6 +134,8 @@ def test_trial_that_is_interrupted_at_each_saving(
         checkpoint.folder_path(Settings.from_env(), number) / name for number in numbers
     )
     assert predicted(first) == predicted(second)
+    with pytest.raises(UserError, match=f"a file of its framework: {second}"):
+        load_weights(Settings.from_env(), 1)
 
 
 @BOTH

@@ -16,7 +16,11 @@ from hpo import settings
 
 MANUALS = ("README.txt", "LISEZMOI.txt")
 PAGES = ("code_and_slurm-scripts/OWN_MODEL.txt", "code_and_slurm-scripts/MON_MODELE.txt")
-ENGLISH_ONLY = ("tests/benchmarks/README.txt", "tests/plain_training/README.txt")
+ENGLISH_ONLY = (
+    "tests/benchmarks/README.txt",
+    "tests/plain_training/README.txt",
+    "tests/plain_loops/README.txt",
+)
 TEXTS = {name: (BUNDLE / name).read_text() for name in (*MANUALS, *PAGES, *ENGLISH_ONLY)}
 CODE = "".join(path.read_text() for path in sorted(SCRIPTS.rglob("*.[ps][yh]")))
 BATCH = (SCRIPTS / "run-optuna-multinode_Turpan.sh").read_text()
@@ -28,6 +32,7 @@ COMMAND = re.compile(
 )
 MADE_BY_A_RUN = {
     "gpu-figures.txt",
+    "model.txt",
     "my_model.py",
     "study.db",
     "report.html",

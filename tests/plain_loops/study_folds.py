@@ -12,7 +12,8 @@ NEEDS = "scikit-learn"
 
 def search_space(trial):
     c = trial.suggest_float("C", 0.1, 100, log=True)
-    return {"C": c, "gamma": trial.suggest_float("gamma", 1e-4, 1e-2, log=True)}
+    gamma = trial.suggest_float("gamma", 1e-4, 1e-2, log=True)
+    return {"C": c, "gamma": gamma}
 
 
 def objective(trial):

@@ -14,7 +14,7 @@ def search_space(trial):
     return {
         "objective": "multiclass",
         "num_class": 10,
-        "learning_rate": trial.suggest_float("learning_rate", 0.03, 0.3, log=True),
+        "eta": trial.suggest_float("eta", 0.03, 0.3, log=True),
         "num_leaves": trial.suggest_int("num_leaves", 4, 31),
         "bagging_fraction": 0.8,
         "bagging_freq": 1,

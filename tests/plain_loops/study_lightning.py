@@ -44,7 +44,11 @@ def objective(trial):
     data = TensorDataset(torch.tensor(images).float() / 16, torch.tensor(digits))
     training, validation = random_split(data, [1400, 397])
     loaders = DataLoader(training, 64, shuffle=True), DataLoader(validation, 397)
-    trainer = Trainer(max_epochs=5, default_root_dir=checkpoint.folder(trial), callbacks=[callback])
+    trainer = Trainer(
+        max_epochs=5,
+        default_root_dir=checkpoint.folder(trial),
+        callbacks=[callback],
+    )
     trainer.fit(Net(config), *loaders, ckpt_path=last_checkpoint(trial))
     return callback.value
 

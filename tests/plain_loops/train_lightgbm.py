@@ -9,7 +9,7 @@ def main():
     config = {
         "objective": "multiclass",
         "num_class": 10,
-        "learning_rate": 0.1,
+        "eta": 0.1,
         "num_leaves": 15,
         "bagging_fraction": 0.8,
         "bagging_freq": 1,

@@ -31,7 +31,9 @@ def main():
     data = TensorDataset(torch.tensor(images).float() / 16, torch.tensor(digits))
     training, validation = random_split(data, [1400, 397])
     loaders = DataLoader(training, 64, shuffle=True), DataLoader(validation, 397)
-    trainer = Trainer(max_epochs=5)
+    trainer = Trainer(
+        max_epochs=5,
+    )
     trainer.fit(Net(config), *loaders)
 
 

@@ -48,7 +48,7 @@ from hpo.show.results import (
     scores,
     shown_score,
 )
-from hpo.study.opening import open_study
+from hpo.study.opening import backup_in_use, open_study, stuck
 from hpo.study.trials import attributes, best_trials, count, fail_reasons, without_best
 from hpo.words import cut, one_line, parameters, shown, values
 
@@ -60,6 +60,8 @@ def main() -> int:
     options = arguments()
     settings = Settings.from_env()
     study = open_study(settings)
+    if note := backup_in_use(study):
+        print(note)
     try:
         return show(study, settings, options)
     except KeyboardInterrupt:  # ends this program, not the study
@@ -134,8 +136,11 @@ def seeds(text: str) -> int:
 
 def print_state(study: optuna.Study, settings: Settings) -> None:
     """Print how far the study is, what failed, the best trials, and their score."""
-    print(f"study {study.study_name} in {settings.study_db}")
-    print(count(study, settings))
+    print(f"study {study.study_name} in {settings.shown_db}")
+    counts = count(study, settings)
+    print(counts)
+    if text := stuck(study, counts):
+        print(f"  {text}")
     for reason, number in fail_reasons(study.get_trials(deepcopy=False)):
         print(f"  {number} × {cut(reason)}")
     best = best_trials(study)
@@ -154,7 +159,7 @@ def print_state(study: optuna.Study, settings: Settings) -> None:
 
 def print_trial(study: optuna.Study, settings: Settings, trial: FrozenTrial) -> None:
     """Print one trial, and the score of its weights."""
-    print(f"study {study.study_name} in {settings.study_db}")
+    print(f"study {study.study_name} in {settings.shown_db}")
     print(f"value       {values(trial.values)} (trial {trial.number})")
     print_params("params", trial)
     print_test_scores(study, settings, trial)

@@ -22,6 +22,7 @@ What a script may offer.  Only `objective` must be there, and it may be any call
     prepare        init_optuna_db.py, the preflight, a   the data is not checked before the first
                    worker before its first trial         trial
     build_model    an exported load_model.py             no export
+    export_model   --export: one more form of it   weights.pt and load_model.py are all
     train_model    the objective; --check watches it     --check proves less
     test_model     check_best_model.py, --retrain        no test score
     train_final    check_best_model.py --retrain         no final training on all data

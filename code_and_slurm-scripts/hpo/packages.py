@@ -1,7 +1,5 @@
 """What pip has to install: which packages are missing, and the one command that installs them.
 
-    python -m hpo.packages        is the tested Optuna there?  The batch script asks in the image
-
 The versions are those of requirements-container.txt in the scripts' folder, and stand nowhere else.
 """
 
@@ -14,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 
-from hpo.settings import SCRIPTS, UserError, run_script
+from hpo.settings import SCRIPTS, UserError
 
 REQUIREMENTS = SCRIPTS / "requirements-container.txt"
 
@@ -85,11 +83,17 @@ def pip_command(*requirements: str) -> str:
     A bare name is given its tested version.
     """
     known = pinned()
-    words = [known.get(text.lower(), text) for text in requirements]
-    words = [f"'{word}'" if re.search(r"[<>;\s*]", word) else word for word in words]
-    image = os.environ.get("APPTAINER_CONTAINER")
-    if image:  # where there is a network, that is on the login node
-        return f"apptainer exec --bind /tmpdir,/work {image} pip install --user {' '.join(words)}"
+    words = [
+        known.get(name_of(text), text) if re.fullmatch(r"[\w.-]+(\[\w+\])?", text) else text
+        for text in requirements
+    ]
+    words = [f"'{word}'" if re.search(r"[<>;\s*\[]", word) else word for word in words]
+    for launcher in ("apptainer", "singularity"):
+        if image := os.environ.get(f"{launcher.upper()}_CONTAINER"):
+            # Where there is a network: that is on the login node.
+            binds = os.environ.get("BINDS", "/tmpdir,/work")
+            seen = f"{launcher} exec {f'--bind {binds} ' if binds else ''}{image}"
+            return f"{seen} pip install --user {' '.join(words)}"
     return f"{sys.executable} -m pip install {' '.join(words)}"
 
 
@@ -105,13 +109,3 @@ def check_optuna() -> None:
             f"Optuna {found or 'is not installed'}: this bundle was tested with {tested} alone; "
             f"once:\n    {pip_command('optuna')}"
         )
-
-
-def main() -> int:
-    """Check Optuna; return the exit status."""
-    check_optuna()
-    return 0
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -31,9 +31,10 @@ __all__ = ["SCRIPTS", "Settings", "UserError", "run_script", "use"]
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # code_and_slurm-scripts/
 SQLITE_PREFIX = "sqlite:///"
-SERVER_URLS = ("postgresql", "mysql", "journal", "grpc")  # besides sqlite; see hpo/study/opening.py
+# Besides sqlite; see hpo/study/opening.py.
+SERVER_URLS = ("postgresql", "postgres", "mysql", "journal", "grpc")
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "bruteforce", "nsgaii", "gp", "qmc")
-PRUNERS = ("median", "percentile", "halving", "hyperband", "wilcoxon", "none")
+PRUNERS = ("halving", "median", "percentile", "hyperband", "wilcoxon", "none")
 DIRECTIONS = ("minimize", "maximize")
 TRAIN_IMAGES = 50_000  # most images that a trial trains on, whatever a script counts as one
 
@@ -55,12 +56,13 @@ VARIABLES = (
     Variable("DIRECTION", "minimize", "minimize or maximize; one for each of OBJECTIVES"),
     Variable("OBJECTIVES", "", "loss,parameters: those of the script to use; its first alone"),
     Variable("SAMPLER", "tpe", "how parameters are chosen; tpe:n_startup_trials=20 sets options"),
-    Variable("PRUNER", "median", "which trials are stopped; median:n_warmup_steps=2 likewise"),
+    Variable("PRUNER", "halving", "which trials are stopped; median:n_warmup_steps=2 likewise"),
     Variable("FIX", "", "batch_size=64,…: parameters that are not searched"),
     Variable("STOP_VALUE", "", "a value that is good enough: it ends the study"),
     Variable("SEED", "", "of the samplers; repeatable with one worker on a new study"),
     Variable("TRAIN_IMAGES", str(TRAIN_IMAGES), "images a trial trains on; fewer for a quick try"),
     Variable("DATA", "", "a data file of your own, for scripts that use it (pairs of texts)"),
+    Variable("MODEL", "", "the folder of a language model, for scripts that use it"),
     Variable("SMALL", "0", "1: the script's search space for a laptop, where it has one"),
     Variable("WORKERS_PER_GPU", "1", "workers that share one GPU, 1 to 16"),
     Variable("GPUS_PER_TRIAL", "1", "GPUs that share one trial, 1 to 8"),
@@ -94,13 +96,14 @@ class Settings:
     workers_per_gpu: int  # the launch scripts start them
     gpus_per_trial: int  # hpo/train/ddp.py
     data: Path | None  # a file of the user's own; None for the data of the script
+    model: Path | None  # the folder of a language model
     small: bool  # the script's search space for a laptop
     keep_best: int  # trials whose weights are kept
     max_attempts: int
     lease_grace: float  # seconds
     rank: int  # of this worker among the workers of its job: 0, 1, …
     token: str  # of this process, from the script that keeps it running; "" without one
-    job_id: str  # of Slurm, with ".1" after the first requeue; "" outside of it
+    job_id: str  # of Slurm: "12@ann", "12.1@ann" after the first requeue; "" outside of it
     job_end: float  # Unix seconds; infinite where nothing ends the job
     drain_file: Path | None  # workers stop when it exists
     alive_jobs: frozenset[str] | None  # ids; None where nobody asked Slurm
@@ -127,13 +130,33 @@ class Settings:
         return None
 
     @property
+    def postgresql_url(self) -> str:
+        """The URL of a PostgreSQL study, for its driver, with the password; "" for any other."""
+        return self.study_db if self.study_db.startswith("postgresql:") else ""
+
+    @property
+    def shown_db(self) -> str:
+        """STUDY_DB as it may be shown to people: without a password."""
+        return values.without_password(self.study_db)
+
+    @property
+    def database(self) -> str:
+        """The name of the database among files: study.db, or one that is a server's alone."""
+        return self.sqlite_path.name if self.sqlite_path else values.server_name(self.study_db)
+
+    @property
     def beside(self) -> Path:
         """The folder of study.db: reports, checkpoints and the preflight's notes lie there."""
         return self.sqlite_path.parent if self.sqlite_path else SCRIPTS
 
     @property
     def backup_path(self) -> Path | None:
-        """Where the copy of an SQLite study is kept while workers run, beside study.db."""
+        """Where the copy of the study is kept while workers run: beside study.db, or the scripts.
+
+        An SQLite file either way.  None where the storage is Optuna's own.
+        """
+        if self.postgresql_url:
+            return SCRIPTS / f"{self.database}.{self.study_name}.backup"
         path = self.sqlite_path
         return path.with_name(f"{path.name}.backup") if path else None
 
@@ -141,10 +164,9 @@ class Settings:
     def checkpoints(self) -> Path:
         """The folder of this study's checkpoints and weights, beside study.db.
 
-        Two databases may hold studies of one name, so that of the file is in it, too.
+        Two databases may hold studies of one name, so that of the database is in it, too.
         """
-        database = self.sqlite_path.name if self.sqlite_path else ""
-        return self.beside / "checkpoints" / database / self.study_name
+        return self.beside / "checkpoints" / self.database / self.study_name
 
     @property
     def worker(self) -> str:
@@ -154,8 +176,9 @@ class Settings:
     def inputs(self) -> dict[str, str]:
         """What all trials of a study must have in common, as it was given: DATA, SMALL, …"""
         found = {"SMALL": "1"} if self.small else {}
-        if self.data:  # relative: the bundle may be moved
-            found["DATA"] = os.path.relpath(self.data, SCRIPTS)
+        for name, path in (("DATA", self.data), ("MODEL", self.model)):
+            if path:  # relative: the bundle may be moved
+                found[name] = os.path.relpath(path, SCRIPTS)
         if self.train_images != TRAIN_IMAGES:
             found["TRAIN_IMAGES"] = str(self.train_images)
         return found
@@ -188,7 +211,8 @@ def run_script(main: Callable[[], int]) -> None:
         try:
             status = main()
         except UserError as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            text = values.without_password(error)  # a driver may say to what it could not connect
+            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
             status = 2
         except gpu.Unusable as unusable:
             print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
@@ -215,7 +239,7 @@ def _read(environment: Mapping[str, str]) -> Settings:
     if env["GPUS_PER_TRIAL"] != "1" and env["WORKERS_PER_GPU"] != "1":
         raise UserError("GPUS_PER_TRIAL and WORKERS_PER_GPU: only one of them can be more than 1")
     return Settings(
-        study_db=_study_url(env["STUDY_DB"]),
+        study_db=study_url(env["STUDY_DB"]),
         study_name=values.study_name(env["STUDY_NAME"]),
         total_trials=values.integer(env, "TOTAL_TRIALS", 1),
         total_is_given="TOTAL_TRIALS" in given,
@@ -234,6 +258,7 @@ def _read(environment: Mapping[str, str]) -> Settings:
         workers_per_gpu=values.integer(env, "WORKERS_PER_GPU", 1, 16),
         gpus_per_trial=values.integer(env, "GPUS_PER_TRIAL", 1, 8),
         data=values.readable_file(SCRIPTS / env["DATA"], "DATA") if env["DATA"] else None,
+        model=values.readable_folder(SCRIPTS / env["MODEL"], "MODEL") if env["MODEL"] else None,
         small=values.choice(env, "SMALL", ("0", "1")) == "1",
         keep_best=values.integer(env, "KEEP_BEST", 1),
         max_attempts=values.integer(env, "MAX_ATTEMPTS", 1),
@@ -246,8 +271,10 @@ def _job(given: Mapping[str, str]) -> dict[str, Any]:
     """Return what the launch scripts and Slurm set."""
     rank = "WORKER_RANK" if "WORKER_RANK" in given else "SLURM_PROCID"
     restarts = given.get("SLURM_RESTART_COUNT", "0")
-    # A requeued job keeps its number, but the workers that it had before are dead.
-    job_id = given.get("SLURM_JOB_ID", "") + (f".{restarts}" if restarts != "0" else "")
+    job_id = given.get("SLURM_JOB_ID", "")
+    if job_id:  # a requeued job keeps its number, but the workers that it had before are dead
+        user = given.get("SLURM_JOB_USER") or str(os.getuid())
+        job_id += (f".{restarts}" if restarts != "0" else "") + f"@{user}"
     end = "SLURM_JOB_END_TIME"
     return {
         "rank": values.integer({rank: "0", **given}, rank, 0),
@@ -267,7 +294,8 @@ def _py_script(text: str) -> str:
     return path
 
 
-def _study_url(text: str) -> str:
+def study_url(text: str) -> str:
+    """Return STUDY_DB in the form that the bundle uses.  Raises UserError if it is not legal."""
     scheme = urlsplit(text).scheme.split("+")[0]
     if text.startswith(SQLITE_PREFIX) and len(text) > len(SQLITE_PREFIX):
         # Relative paths start at the scripts' folder, not at the cwd; an absolute right-hand side
@@ -275,10 +303,12 @@ def _study_url(text: str) -> str:
         path = values.database_file(text, SCRIPTS / text[len(SQLITE_PREFIX) :])
         return f"{SQLITE_PREFIX}{path}"
     if scheme in SERVER_URLS and "://" in text:
-        return text
+        return values.server_url(text)
+    shown = values.without_password("".join(text.split()))  # a blank would divide a password
     raise UserError(
-        f"STUDY_DB={text!r} is no URL that can be used here; "
-        "give sqlite:///study.db (or sqlite:////absolute/path/study.db)"
+        f"STUDY_DB={shown!r} is no URL that can be used here; "
+        "give sqlite:///study.db (or sqlite:////absolute/path/study.db), or "
+        "postgresql://user:password@host/database"
     )
 
 
@@ -290,14 +320,18 @@ def print_table() -> int:
     """
     Settings.from_env()
     if sys.argv[1:] == ["given"]:
-        set_to = {name: os.environ.get(name) or default for name, default in DEFAULTS.items()}
+        set_to = {variable.name: _shown(variable) for variable in VARIABLES}
         words = [f"{n}={shlex.quote(v)}" for n, v in set_to.items() if v != DEFAULTS[n]]
         print(" ".join(words))
         return 0
     for variable in VARIABLES:
-        value = os.environ.get(variable.name) or variable.default or "-"
-        print(f"{variable.name:16} {value:20} {variable.says}")
+        print(f"{variable.name:16} {_shown(variable) or '-':20} {variable.says}")
     return 0
+
+
+def _shown(variable: Variable) -> str:
+    value = os.environ.get(variable.name) or variable.default
+    return values.without_password(value)
 
 
 if __name__ == "__main__":

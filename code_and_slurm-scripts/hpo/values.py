@@ -8,8 +8,10 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from hashlib import sha1
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 
 class UserError(Exception):
@@ -124,6 +126,15 @@ def readable_file(path: Path, name: str) -> Path:
     return path
 
 
+def readable_folder(path: Path, name: str) -> Path:
+    """Return the path; what is in the folder, its reader checks. Raises UserError."""
+    if not path.is_dir():
+        raise UserError(f"{name}: {path} is no folder")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{name}: no permission to read {path}")
+    return path
+
+
 def database_file(url: str, path: Path) -> Path:
     """Return the path of an SQLite study that can be there. Raises UserError."""
     if len(os.fsencode(path.name)) > 200:  # its journal, copies and folders have longer names
@@ -139,6 +150,64 @@ def database_file(url: str, path: Path) -> Path:
     if path.is_symlink() and not path.exists():
         raise UserError(f"STUDY_DB={url!r}: {path} is a link to a file that is not there")
     return path
+
+
+def server_url(text: str) -> str:
+    """Return the URL of a database server, PostgreSQL's as libpq takes it.
+
+    Raises UserError, which does not show the URL: a part of a password may stand anywhere in it.
+    """
+    scheme, _, rest = text.partition("://")
+    scheme = scheme.split("+")[0] if scheme.startswith("postgres") else scheme
+    if scheme not in ("postgresql", "postgres"):
+        login = rest.rpartition("@")[0] if scheme.startswith("mysql") else ""
+        if re.search(r"[/?#@\s]", login):  # readers of URLs do not agree on what it means
+            raise UserError("STUDY_DB: in a password write / ? # @ as %2F %3F %23 %40")
+        return text
+    user, at, place = rest.rpartition("@")
+    host, _, path = place.partition("/")
+    form = "postgresql://user:password@host/database"
+    if re.search(r"[/?#@\s]|%(?![0-9a-fA-F]{2})", user) or user.count(":") > 1:
+        raise UserError(
+            f"STUDY_DB is no {form}: in a password write / ? # @ : % as %2F %3F %23 %40 %3A %25"
+        )
+    if unquote(user.partition(":")[2]) == "***":
+        raise UserError("STUDY_DB: put the password in the place of ***, or in ~/.pgpass")
+    if not re.fullmatch(r"(?:[^:\[\]]*|\[[^\]]*\])(?::\d*)?", host) and "," not in host:
+        raise UserError(f"STUDY_DB is no {form}: the port is a number")
+    if not path.partition("?")[0]:
+        raise UserError(f"STUDY_DB names no database; give {form}")
+    return f"postgresql://{user}{at}{place}"
+
+
+def password_of(url: str) -> set[str]:
+    """Return the passwords in a URL, as they stand there and as they are."""
+    user = url.partition("://")[2].rpartition("@")[0]
+    found = {user.partition(":")[2], *re.findall(r"[?&]\w*password=([^&]*)", url)}
+    return {word for text in found if text for word in (text, unquote(text))}
+
+
+def without_password(text: object) -> str:
+    """Return a text in which no URL has its password any more: whatever is printed or stored.
+
+    Those before the host (postgresql://user:***@host), and those in the options of a URL or of a
+    driver (password=***).
+    """
+    found = re.sub(r"(\w://[^\s/:@]*):\S*@", r"\1:***@", str(text))
+    return re.sub(r"(?i)\b(\w*(?:password|passwd|pwd)=)[^\s&]+", r"\1***", found)
+
+
+def server_name(url: str) -> str:
+    """Return a name for files of the database behind a URL: no two databases share it."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    host = parts.netloc.rpartition("@")[2].lower() or query.get("host", "local")
+    scheme = parts.scheme.split("+")[0]
+    port = f":{query['port']}" if "port" in query else ""
+    place = f"{host}{port}".removesuffix(":5432" if scheme == "postgresql" else ":")
+    text = f"{scheme}-{parts.path.lstrip('/')}@{place}{query.get('options', '')}"
+    name = re.sub(r"[^\w.@-]", "_", text, flags=re.ASCII)[:100]
+    return name if name == text else f"{name}-{sha1(text.encode()).hexdigest()[:8]}"
 
 
 def check_writable(path: Path) -> None:

@@ -8,11 +8,12 @@ How a worker ends, and with which exit status:
 
     0   the study has its TOTAL_TRIALS trials, or has been stopped, or the worker was asked to stop:
         DRAIN_FILE, or the job's end near   finish the epoch, give the trial back to the queue
-        SIGTERM, Ctrl-C                     give it back at once (the running epoch is lost)
+        SIGTERM, Ctrl-C, the job's end      give it back at once (the running epoch is lost)
     1   the same failure again and again: the objective itself is broken; or most trials failed
         or a GPU was promised, and there is none
     2   a setting is wrong (hpo/settings.py)
     70, 71  CUDA has failed for good (hpo/gpu.py): hpo/job/keep_running.sh starts a new process
+    74  the job's end came in a call that cannot be interrupted: its trial goes back, too
     75  the site: study.db or a disk cannot be used, for minutes; the trial goes back to the queue
 
 One bad trial (out of memory, a loss that is no number, whatever leaves the objective) is recorded
@@ -45,10 +46,11 @@ from hpo.search.remembered import Plan, adopt_space, plan_of
 from hpo.search.samplers import assign, make_sampler, sampler_seed
 from hpo.settings import Settings, UserError, use
 from hpo.site import SITE_FAULT, Patience, SiteFault
-from hpo.study.opening import create_or_open_study
+from hpo.study.engines.sqlite_file import DiskFull, StudyBusy
+from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id, trial_id
-from hpo.study.served import ServedStorage
-from hpo.study.storage import NoTrialLeft, SQLiteStorage
+from hpo.study.served import Leased, ServerGone
+from hpo.study.storage import NoTrialLeft
 from hpo.study.trials import best_trials, count, same_reason, without_best
 from hpo.study.upkeep import Upkeep
 from hpo.trial import (
@@ -58,6 +60,7 @@ from hpo.trial import (
     let_several_objectives_report,
     run_trial,
 )
+from hpo.values import without_password
 from hpo.words import parameters, shown, values
 
 SAME_FAILURES = 3, 6  # in a row, before and after a success: then it is not the parameters
@@ -97,18 +100,35 @@ def run_worker(objective: Objective) -> int:
     if prepare := me.offers("prepare"):
         prepare()
     drain = Drain(settings.job_end, settings.drain_file)
+    drain.watch_the_end()
     plan = plan_of(settings, me)
-    study = create_or_open_study(settings)
-    adopt_space(study, settings, plan)
-    settings = use(_prepare(study, settings, plan))
-    study.pruner = DrainingPruner(study.pruner, drain)
-    gpu.check(start=settings.gpus_per_trial == 1)
+    patience = Patience(settings.lease_grace, drain)
     try:
+        study = patience.call(partial(_open, settings))
+    except SiteFault as error:
+        log.error("%s", error)
+        return SITE_FAULT
+    patience.restore()
+    try:
+        adopt_space(study, settings, plan)
+        settings = use(_prepare(study, settings, plan))
+        study.pruner = DrainingPruner(study.pruner, drain)
+        gpu.check(start=settings.gpus_per_trial == 1)
         with Upkeep(study, settings) as upkeep:
             return _Loop(study, settings, plan, drain).run(objective, upkeep)
     except (SiteFault, StorageInternalError) as error:
         log.error("%s", error)
         return SITE_FAULT
+
+
+def _open(settings: Settings) -> optuna.Study:
+    """Open the study; a disk that is full, or away, is the site's fault, all else the user's."""
+    try:
+        return create_or_open_study(settings)
+    except UserError as error:
+        if isinstance(error.__cause__, (DiskFull, StudyBusy, ServerGone)):
+            raise error.__cause__ from None
+        raise
 
 
 def _prepare(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
@@ -205,7 +225,7 @@ class _Loop:
         if self.plan.combinations:
             total = min(total, len(trials) + assign(self.plan.combinations, trials)[1])
         storage = storage_of(self.study)
-        if isinstance(storage, SQLiteStorage):
+        if isinstance(storage, Leased):
             storage.total_trials = total
         return total
 
@@ -249,6 +269,8 @@ class _Loop:
         elif self.drain.is_due():
             log.info("asked to stop, or the job's end is near: no further trial")
             return 0
+        elif text := stuck(self.study, counts):
+            log.warning("there is no other trial to claim, but %s", text)
         else:
             log.info("the study has its %d trials", self.limit(trials))
         if counts.failed > counts.finished / 2:
@@ -260,14 +282,14 @@ class _Loop:
 def _others_run(study: optuna.Study) -> bool:
     """Whether a worker that can lose its lease still runs a trial; others return nothing."""
     storage = storage_of(study)
-    if isinstance(storage, (SQLiteStorage, ServedStorage)):
+    if isinstance(storage, Leased):
         return storage.count_leases(study_id(study)) > 0
     return False
 
 
 def _give_back_all(study: optuna.Study) -> None:
     storage = storage_of(study)
-    if isinstance(storage, SQLiteStorage):
+    if isinstance(storage, Leased):
         storage.return_held()
 
 
@@ -296,6 +318,13 @@ def _log_end(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, seconds
     log.info(line)
 
 
+class _Lines(logging.Formatter):
+    """What a worker logs; an error of a driver, or its traceback, may hold the URL of the study."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_password(super().format(record))
+
+
 def _log_to_stdout(settings: Settings) -> None:
     """Give the worker's lines a handler of their own: a script may set up logging as it likes."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -304,7 +333,5 @@ def _log_to_stdout(settings: Settings) -> None:
     mine.setLevel(logging.INFO)
     mine.propagate = False
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(
-        logging.Formatter(f"%(asctime)s {settings.worker}: %(message)s", datefmt="%H:%M:%S")
-    )
+    handler.setFormatter(_Lines(f"%(asctime)s {settings.worker}: %(message)s", datefmt="%H:%M:%S"))
     mine.handlers[:] = [handler]

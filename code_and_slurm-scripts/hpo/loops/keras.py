@@ -11,10 +11,9 @@ with the random numbers; then the trial may be pruned, or go back to the queue b
 has to stop.  The model at the end of the training is model.keras in the trial's folder
 (hpo/checkpoint.py), and stays there for the best trials: keras.models.load_model reads it.
 
-On a CPU, with PyTorch, a trial that goes on ends with the same value to the last digit.  With JAX
-and TensorFlow so do the variables, dropout included; the order of data that is shuffled by
-TensorFlow is its own, which it does not give away.  Keras's EarlyStopping and ReduceLROnPlateau
-forget their counts, as with its BackupAndRestore.  The script needs NEEDS = ("keras",).
+On a CPU, with PyTorch or JAX, a trial that goes on ends with the same value to the last digit; it
+was not tried with TensorFlow.  Keras's EarlyStopping and ReduceLROnPlateau forget their counts, as
+with its BackupAndRestore.  The script needs NEEDS = ("keras",).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SAMPLER → Optuna's sampler, made fit for many workers on one study.
 
     SAMPLER     form of the search space   how workers share it
-    tpe         choices                    each has a seed of its own and sees all trials
+    tpe         choices                    each has a seed of its own and sees all trials (tpe.py)
     random      choices                    each has a seed of its own
     qmc         choices                    trial n takes point n of one Sobol' sequence
     nsgaii      choices                    generations of POPULATION trials
@@ -33,6 +33,7 @@ from optuna.trial import FrozenTrial
 
 from hpo import packages
 from hpo.search.space import Space, value_at
+from hpo.search.tpe import CompleteTPE
 from hpo.settings import Settings, UserError
 from hpo.words import one_line
 
@@ -212,8 +213,10 @@ def make_sampler(
         known = {"space": dict(space or {}), "seed": settings.seed or 0}
         sampler = construct(variable, NumberedQMC, options, **known)
     else:
+        # With several objectives nothing is pruned, and Optuna's γ has no upper limit.
+        several = {"count_pruned": len(settings.directions) > 1}
         kinds: dict[str, tuple[type[BaseSampler], dict[str, Any]]] = {
-            "tpe": (samplers.TPESampler, {}),
+            "tpe": (CompleteTPE, several),
             "random": (samplers.RandomSampler, {}),
             "cmaes": (samplers.CmaEsSampler, {"with_margin": True}),
             "nsgaii": (samplers.NSGAIISampler, {"population_size": POPULATION}),

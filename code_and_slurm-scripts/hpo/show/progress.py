@@ -15,8 +15,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.settings import Settings
+from hpo.study.opening import backup_in_use, open_study
 from hpo.study.optuna_private import storage_of, study_id
-from hpo.study.storage import SQLiteStorage
+from hpo.study.served import Leased
 from hpo.study.trials import Counts, best_trials, count, fail_reasons, without_best
 from hpo.words import cut, shown, values
 
@@ -38,7 +39,7 @@ def best_line(study: optuna.Study) -> str:
 def running(study: optuna.Study) -> list[str]:
     """Return one line per running trial: its number, its worker, how long, its last report."""
     storage = storage_of(study)
-    owners = storage.owners(study_id(study)) if isinstance(storage, SQLiteStorage) else {}
+    owners = storage.owners(study_id(study)) if isinstance(storage, Leased) else {}
     return [
         _running_line(trial, owners.get(trial.number))
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -65,6 +66,8 @@ def follow(study: optuna.Study, settings: Settings) -> None:
     """Show the study until it is done: refreshed in a terminal, elsewhere a line per change."""
     begin, first, last = time.monotonic(), -1, ""
     while True:
+        if backup_in_use(study):  # each one is another file
+            study = open_study(settings)
         # Anew each time: a worker may be the first to know how many combinations there are.
         study = optuna.load_study(study_name=study.study_name, storage=storage_of(study))
         counts = count(study, settings)
@@ -87,6 +90,7 @@ def view(study: optuna.Study, counts: Counts, rate: float) -> str:
     full = BAR * counts.finished // total
     lines = [
         f"study {study.study_name}    {time.strftime('%H:%M:%S')}    (Ctrl-C ends this view alone)",
+        *filter(None, [backup_in_use(study)]),
         f"[{'#' * full}{'.' * (BAR - full)}] {100 * counts.finished // total} %",
         str(counts),
         f"{60 * rate:.1f} trials per minute; {outlook(study, counts.left, rate)}",

@@ -24,6 +24,7 @@ from hpo import packages
 from hpo.files import whole
 from hpo.settings import Settings, UserError
 from hpo.show.pictures import Picture, pictures_of
+from hpo.study.opening import backup_in_use
 from hpo.study.trials import best_trials, complete, without_best
 from hpo.words import shown, values
 
@@ -91,7 +92,7 @@ def facts(study: optuna.Study, settings: Settings, names: list[str]) -> dict[str
         "Trials": _numbers(trials),
         "Best trial": _best(study, names),
         "Settings": {
-            "storage": settings.study_db,
+            "storage": f"{settings.shown_db} {backup_in_use(study)}".strip(),
             "objective": str(study.user_attrs.get("py_script", settings.py_script)),
             "direction": ", ".join(
                 f"{direction.name.lower()} {name}"

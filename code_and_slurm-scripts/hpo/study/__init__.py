@@ -20,16 +20,18 @@ once where he knows that its job has left Slurm's queue.  The former holder, sho
 write no more.  A trial that has killed its worker three times is FAIL.
 
 Where locks do not hold between nodes (check_cluster.py finds out), one process on the job's first
-node opens the file, and the job's workers reach it over the job's network.  The file belongs to
-that job until it ends; everybody else reads the backup.
+node opens the file, and the job's workers, who know its secret, reach it over the job's network.
+The file belongs to that job until it ends; everybody else reads the backup.  If that process dies
+it is started again, and the workers wait.
 
 Backup.  While workers run, study.db.backup beside study.db is a whole copy, checked and at most a
-minute old.  A damaged study never replaces it.
+minute old.  A damaged study, or one that has lost trials, never replaces it.  It is for readers:
+workers refuse it, and what shows it says how old it is.
 
 sqlite:///study.db is the file in the scripts' folder, whatever the current directory.  Other URLs
 are Optuna's own storages, and only as good: with PostgreSQL the study may end with as many trials
 too many as there are workers, less one; there is no backup; and the trial of a worker that was
-killed stays RUNNING and is not run again.
+killed stays RUNNING until `init_optuna_db.py --retry-stuck` gives back what shows no sign of life.
 
 Imported from outside are opening, trials, upkeep, optuna_private, and storage for its errors:
 

@@ -19,7 +19,11 @@ SITES = ("code_and_slurm-scripts/OTHER_SITE.txt", "code_and_slurm-scripts/AUTRE_
 PAGES = ("code_and_slurm-scripts/OWN_MODEL.txt", "code_and_slurm-scripts/MON_MODELE.txt")
 SYMPTOMS = ("code_and_slurm-scripts/SYMPTOMS.txt", "code_and_slurm-scripts/SYMPTOMES.txt")
 BASES = ("code_and_slurm-scripts/DATABASES.txt", "code_and_slurm-scripts/BASES.txt")
-ENGLISH_ONLY = ("tests/benchmarks/README.txt", "tests/plain_training/README.txt")
+ENGLISH_ONLY = (
+    "tests/benchmarks/README.txt",
+    "tests/plain_training/README.txt",
+    "tests/plain_loops/README.txt",
+)
 TEXTS = {
     name: (BUNDLE / name).read_text()
     for name in (*MANUALS, *PAGES, *SITES, *BASES, *SYMPTOMS, *ENGLISH_ONLY)
@@ -34,6 +38,7 @@ COMMAND = re.compile(
 )
 MADE_BY_A_RUN = {
     "gpu-figures.txt",
+    "model.txt",
     "my_model.py",
     "study.db",
     "report.html",

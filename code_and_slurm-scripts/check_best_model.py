@@ -49,7 +49,16 @@ from hpo.show.results import (
     shown_score,
 )
 from hpo.study.opening import backup_in_use, open_study, stuck
-from hpo.study.trials import attributes, best_trials, count, fail_reasons, without_best
+from hpo.study.trials import (
+    Finalist,
+    attributes,
+    best_searched,
+    best_trials,
+    count,
+    fail_reasons,
+    finalists,
+    without_best,
+)
 from hpo.words import cut, one_line, parameters, shown, values
 
 TOP = 5
@@ -149,10 +158,13 @@ def print_state(study: optuna.Study, settings: Settings) -> None:
     elif len(study.directions) > 1:
         print_front(study, best)
     else:
-        print("top five")
-        for trial in best[:TOP]:
-            print_row(trial, shown(trial.values[0]))
-        print(f"best_value  {shown(best[0].values[0])} (trial {best[0].number})")
+        if ranked := finalists(study):
+            print_finalists(ranked, best_searched(study, 1)[0])
+        else:
+            print("top five")
+            for trial in best[:TOP]:
+                print_row(trial, shown(trial.values[0]))
+            print(f"best_value  {shown(best[0].values[0])} (trial {best[0].number})")
         print_params("best_params", best[0])
         print_test_scores(study, settings, best[0])
 
@@ -172,6 +184,21 @@ def print_row(trial: FrozenTrial, numbers: str) -> None:
         f"  trial {trial.number:<5} {numbers}   {parameters(trial.params)}"
         + (f"   ({cut(one_line(more), 60)})" if more else "")
     )
+
+
+def print_finalists(ranked: Sequence[Finalist], single: FrozenTrial) -> None:
+    """Print the means of those that ran with several seeds, and what one run would have said."""
+    print("best mean of several seeds")
+    for finalist in ranked[:TOP]:
+        print_row(finalist.trial, str(finalist))
+    best = ranked[0]
+    numbers = ", ".join(str(run.number) for run in best.runs)
+    print(f"best_value  {best} (mean of trials {numbers})")
+    its = [str(f) for f in ranked if single.number in [run.number for run in f.runs]]
+    mean = f"; its mean is {its[0]}" if its else ""
+    print(f"single best {shown(single.values[0])} (trial {single.number}{mean})")
+    if best.deviation == 0:
+        print("  the runs are alike to the last digit: seed the training with trial.number")
 
 
 def print_params(title: str, trial: FrozenTrial) -> None:

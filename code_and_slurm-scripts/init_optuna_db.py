@@ -20,10 +20,13 @@ never changed.  A study with another objective or direction is refused (exit sta
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from hpo import packages, script
+from hpo.search.known import KNOWN, begin_with, known_for, offered
 from hpo.search.objectives import check_objectives
 from hpo.search.pruners import check_search
+from hpo.search.remembered import plan_of
 from hpo.settings import Settings, UserError, run_script
 from hpo.study.copying import copy_study
 from hpo.study.opening import create_or_open_study, stuck
@@ -33,6 +36,8 @@ from hpo.study.storage import SQLiteStorage
 from hpo.study.trials import count
 from hpo.study.upkeep import LONGEST_SLEEP, return_stuck
 from hpo.values import without_password
+
+USED = ("prepare", KNOWN)  # of the script, which is imported only for them
 
 
 def main() -> int:
@@ -48,10 +53,10 @@ def main() -> int:
     check_objectives(settings)
     script.check_needs(settings.py_script)
     check_search(settings)
-    if script.defines(settings.py_script, "prepare"):
-        script.load(settings.py_script).need("prepare", "init_optuna_db.py")()
     forget_dead_server(settings)
+    found = prepare(settings)
     study = create_or_open_study(settings)
+    begin_with(study, found)
     storage = storage_of(study)
     if isinstance(storage, SQLiteStorage):
         # Jobs that have left Slurm's queue hold nothing any more; other workers have a grace.
@@ -72,6 +77,20 @@ def main() -> int:
     if text := stuck(study, counts):
         print(text)
     return 0
+
+
+def prepare(settings: Settings) -> list[dict[str, Any]]:
+    """Let the script prepare its data; return what its study begins with (hpo/search/known.py)."""
+    known = settings.known_good or settings.from_study
+    if not known and not any(script.defines(settings.py_script, name) for name in USED):
+        return []
+    loaded = script.load(settings.py_script)
+    if loaded.offers("prepare"):
+        loaded.need("prepare", "init_optuna_db.py")()
+    if not offered(settings, loaded):
+        return []
+    with script.as_if_launched(settings.py_script):
+        return known_for(settings, loaded, plan_of(settings, loaded))
 
 
 def arguments() -> argparse.Namespace:

@@ -294,7 +294,7 @@ def test_a_worker_frozen_in_a_claim_holds_up_nobody_for_long(
     assert open_path(path).ask().number == 0  # waits until the server has ended its transaction
     os.kill(frozen, signal.SIGCONT)
     assert wait([frozen]) == [1]
-    assert "ServerError" in (path.parent / "errors").read_text()
+    assert "idle-in-transaction timeout" in (path.parent / "errors").read_text()
 
 
 # ---- copies --------------------------------------------------------------------------------
@@ -412,6 +412,14 @@ def test_a_reader_may_look_and_another_optuna_is_refused(url: str) -> None:
     ask(url, "UPDATE alembic_version SET version_num = 'v9'")
     with pytest.raises(UserError, match=r"of another Optuna \(v9\)"):
         create_or_open_study(Settings.from_env(STUDY_DB=url))
+
+
+def test_what_ends_by_itself_is_told_from_what_a_person_mends() -> None:
+    away = ["connection refused", "FATAL:  the database system is starting up",
+            "FATAL:  terminating connection due to administrator command"]  # fmt: skip
+    mend = ['FATAL:  password authentication failed for user "x"', "ERROR:  permission denied"]
+    found = [postgresql.is_away(Exception(text)) for text in [*away, *mend]]
+    assert found == [True] * len(away) + [False] * len(mend)
 
 
 def test_eight_make_the_tables_at_once(url: str) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from optuna.trial import TrialState
 from common import HELPERS, SCRIPTS, Run
 from hpo.job import return_trials
 from hpo.settings import Settings, UserError
+from hpo.show import progress
 from hpo.site import fault_of
 from hpo.study import served
 from hpo.study.opening import backup_in_use, create_or_open_study, open_study
@@ -28,6 +30,7 @@ from hpo.study.optuna_private import storage_of
 from hpo.study.served import OWN, ServedStorage, Server, ServerGone, announce, find_server
 from hpo.study.server import own_address
 from hpo.study.storage import NoTrialLeft, SQLiteStorage
+from hpo.study.trials import is_final
 from hpo.trial import Outcome, _give_back
 
 OBJECTIVE = HELPERS / "objective_for_tests.py"
@@ -118,8 +121,9 @@ def test_workers_outlive_their_server(
 
     One worker has left its first trial, with status 0: it is started again, too.
     """
-    workers = [start(rank, BEHAVIOUR="slow") for rank in range(1, WORKERS)]
-    workers.append(start(0, BEHAVIOUR="leave once", LEFT=str(tmp_path / "left")))
+    workers = [start(rank, BEHAVIOUR="slow", FINAL_SEEDS="2") for rank in range(1, WORKERS)]
+    left = {"BEHAVIOUR": "leave once", "LEFT": str(tmp_path / "left")}
+    workers.append(start(0, FINAL_SEEDS="2", **left))
     here = storage()
     before = find_server(own_study)
 
@@ -151,6 +155,8 @@ def test_workers_outlive_their_server(
     assert [(trial.number, trial.state, len(trial.params)) for trial in trials] == [
         (number, TrialState.COMPLETE, 1) for number in range(12)
     ]
+    assert [is_final(trial) for trial in trials] == [False] * 7 + [True] * 5
+    assert len({trial.user_attrs["final_of"] for trial in trials[7:]}) == 5
 
 
 def rejected(call: Callable[[], Any]) -> bool:
@@ -265,6 +271,27 @@ def test_others_may_look_at_the_backup_and_do_no_more(
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "is a backup, which can be looked at only" in result.stderr
     assert not own_study.with_name("checkpoints").exists()
+
+
+def test_the_view_follows_the_backup_which_is_a_new_file_each_time(
+    own_study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = create_or_open_study(Settings.from_env())
+    backup = own_study.with_name("study.db.backup")
+
+    def another_trial(seconds: float = 0.0) -> None:
+        assert len(study.get_trials()) < 5, "the view stands still"
+        study.add_trial(optuna.trial.create_trial(value=1.0))
+        file = storage_of(study).file  # type: ignore[attr-defined]
+        assert file.backup(backup, max_age=0)
+
+    another_trial()
+    clock = SimpleNamespace(monotonic=time.monotonic, strftime=time.strftime, sleep=another_trial)
+    monkeypatch.setattr(progress, "time", clock)
+    settings = Settings.from_env(STUDY_DB=f"sqlite:///{backup}", TOTAL_TRIALS="3")
+    progress.follow(open_study(settings), settings)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1", "2", "3"]
 
 
 def test_only_one_server_and_a_dead_job_s_is_forgotten(own_study: Path) -> None:

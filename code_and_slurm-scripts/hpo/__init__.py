@@ -19,6 +19,8 @@ What a script may offer.  Only `objective` must be there, and it may be any call
                                                          is not noticed; no test score, no export
     finite_space   search_space, for grid and bruteforce  these take search_space itself
     numeric_space  search_space, for cmaes and gp        these take search_space itself
+    known_good     the first trials of a study: a list   the study begins without any
+                   of dicts of parameters, or parts
     prepare        init_optuna_db.py, the preflight, a   the data is not checked before the first
                    worker before its first trial         trial
     build_model    an exported load_model.py             no export

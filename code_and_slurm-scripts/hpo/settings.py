@@ -5,9 +5,9 @@
 
 The names are those of the USER CONFIG block in run-optuna-multinode_Turpan.sh.  Every script calls
 `Settings.from_env()`: the first call of a process reads the environment, later ones return that.
-The launch scripts also set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix
-seconds), DRAIN_FILE (hpo/drain.py), ALIVE_JOBS (the user's jobs in Slurm's queue) and WORKER_TOKEN
-(hpo/job/keep_running.sh).
+The launch scripts also set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_USER,
+SLURM_JOB_END_TIME (Unix seconds), DRAIN_FILE (hpo/drain.py), ALIVE_JOBS (the user's jobs in
+Slurm's queue) and WORKER_TOKEN (hpo/job/keep_running.sh).
 
 This module and hpo/gpu.py import nothing but the standard library, so that they start at once on a
 login node.
@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from hpo import gpu, values
 from hpo.values import UserError
@@ -30,12 +29,10 @@ from hpo.values import UserError
 __all__ = ["SCRIPTS", "Settings", "UserError", "run_script", "use"]
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # code_and_slurm-scripts/
-SQLITE_PREFIX = "sqlite:///"
-# Besides sqlite; see hpo/study/opening.py.
-SERVER_URLS = ("postgresql", "postgres", "mysql", "journal", "grpc")
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "bruteforce", "nsgaii", "gp", "qmc")
 PRUNERS = ("halving", "median", "percentile", "hyperband", "wilcoxon", "none")
 DIRECTIONS = ("minimize", "maximize")
+FINALISTS = 5  # best configurations that run again, with FINAL_SEEDS
 TRAIN_IMAGES = 50_000  # most images that a trial trains on, whatever a script counts as one
 
 
@@ -58,6 +55,9 @@ VARIABLES = (
     Variable("SAMPLER", "tpe", "how parameters are chosen; tpe:n_startup_trials=20 sets options"),
     Variable("PRUNER", "halving", "which trials are stopped; median:n_warmup_steps=2 likewise"),
     Variable("FIX", "", "batch_size=64,…: parameters that are not searched"),
+    Variable("KNOWN_GOOD", "", "a JSON file: a list of configurations that are tried first"),
+    Variable("FROM_STUDY", "", "a study, or FILE:STUDY; its five best configurations go first"),
+    Variable("FINAL_SEEDS", "0", "3: the last 10 trials run the best five again, for 3 seeds each"),
     Variable("STOP_VALUE", "", "a value that is good enough: it ends the study"),
     Variable("SEED", "", "of the samplers; repeatable with one worker on a new study"),
     Variable("TRAIN_IMAGES", str(TRAIN_IMAGES), "images a trial trains on; fewer for a quick try"),
@@ -90,6 +90,9 @@ class Settings:
     pruner: str
     pruner_options: dict[str, Any]
     fixed: dict[str, Any]  # parameters that have one value in every trial
+    known_good: Path | None  # a file with configurations that are tried first
+    from_study: tuple[str, str] | None  # STUDY_DB and STUDY_NAME of another one
+    final_seeds: int  # with how many each of the best configurations is trained at the end
     stop_value: float | None
     seed: int | None
     train_images: int
@@ -125,9 +128,14 @@ class Settings:
     @property
     def sqlite_path(self) -> Path | None:
         """The file of an SQLite study; None where a server keeps the study."""
-        if self.study_db.startswith(SQLITE_PREFIX):
-            return Path(self.study_db[len(SQLITE_PREFIX) :])
+        if self.study_db.startswith(values.SQLITE_PREFIX):
+            return Path(self.study_db[len(values.SQLITE_PREFIX) :])
         return None
+
+    @property
+    def final_runs(self) -> int:
+        """How many of the study's trials, its last ones, run the best configurations again."""
+        return FINALISTS * max(self.final_seeds - 1, 0)
 
     @property
     def postgresql_url(self) -> str:
@@ -238,12 +246,14 @@ def _read(environment: Mapping[str, str]) -> Settings:
         raise UserError("SAMPLER=cmaes has one objective only; for several use nsgaii or tpe")
     if env["GPUS_PER_TRIAL"] != "1" and env["WORKERS_PER_GPU"] != "1":
         raise UserError("GPUS_PER_TRIAL and WORKERS_PER_GPU: only one of them can be more than 1")
+    study = study_url(env["STUDY_DB"]), values.study_name(env["STUDY_NAME"])
+    total_trials = values.integer(env, "TOTAL_TRIALS", 1)
     return Settings(
-        study_db=study_url(env["STUDY_DB"]),
-        study_name=values.study_name(env["STUDY_NAME"]),
-        total_trials=values.integer(env, "TOTAL_TRIALS", 1),
+        study_db=study[0],
+        study_name=study[1],
+        total_trials=total_trials,
         total_is_given="TOTAL_TRIALS" in given,
-        py_script=_py_script(env["PY_SCRIPT"]),
+        py_script=values.py_script(env["PY_SCRIPT"], SCRIPTS),
         script_args=values.arguments(env["SCRIPT_ARGS"], "SCRIPT_ARGS"),
         directions=values.directions(env["DIRECTION"], DIRECTIONS, max(1, len(objectives))),
         objectives=objectives,
@@ -252,12 +262,15 @@ def _read(environment: Mapping[str, str]) -> Settings:
         pruner=pruner,
         pruner_options=pruner_options,
         fixed=values.pairs(env["FIX"], "FIX"),
+        known_good=_file_of(env, "KNOWN_GOOD"),
+        from_study=values.other_study(env["FROM_STUDY"], study, study_url),
+        final_seeds=values.final_seeds(env, FINALISTS, total_trials, len(objectives)),
         stop_value=values.number(env, "STOP_VALUE") if env["STOP_VALUE"] else None,
         seed=values.integer(env, "SEED", 0, 2**32 - 1) if env["SEED"] else None,
         train_images=values.integer(env, "TRAIN_IMAGES", 128, TRAIN_IMAGES),
         workers_per_gpu=values.integer(env, "WORKERS_PER_GPU", 1, 16),
         gpus_per_trial=values.integer(env, "GPUS_PER_TRIAL", 1, 8),
-        data=values.readable_file(SCRIPTS / env["DATA"], "DATA") if env["DATA"] else None,
+        data=_file_of(env, "DATA"),
         model=values.readable_folder(SCRIPTS / env["MODEL"], "MODEL") if env["MODEL"] else None,
         small=values.choice(env, "SMALL", ("0", "1")) == "1",
         keep_best=values.integer(env, "KEEP_BEST", 1),
@@ -286,30 +299,13 @@ def _job(given: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _py_script(text: str) -> str:
-    """Return the path of the script from SCRIPTS: the bundle may be moved, and have subfolders."""
-    path = os.path.relpath(SCRIPTS / text, SCRIPTS)
-    if not path.endswith(".py") or len(os.fsencode(path)) > 250:
-        raise UserError(f"PY_SCRIPT={text!r} is no Python script; give its name, e.g. my_model.py")
-    return path
-
-
 def study_url(text: str) -> str:
     """Return STUDY_DB in the form that the bundle uses.  Raises UserError if it is not legal."""
-    scheme = urlsplit(text).scheme.split("+")[0]
-    if text.startswith(SQLITE_PREFIX) and len(text) > len(SQLITE_PREFIX):
-        # Relative paths start at the scripts' folder, not at the cwd; an absolute right-hand side
-        # replaces SCRIPTS.
-        path = values.database_file(text, SCRIPTS / text[len(SQLITE_PREFIX) :])
-        return f"{SQLITE_PREFIX}{path}"
-    if scheme in SERVER_URLS and "://" in text:
-        return values.server_url(text)
-    shown = values.without_password("".join(text.split()))  # a blank would divide a password
-    raise UserError(
-        f"STUDY_DB={shown!r} is no URL that can be used here; "
-        "give sqlite:///study.db (or sqlite:////absolute/path/study.db), or "
-        "postgresql://user:password@host/database"
-    )
+    return values.study_url(text, SCRIPTS)
+
+
+def _file_of(env: Mapping[str, str], name: str) -> Path | None:
+    return values.readable_file(SCRIPTS / env[name], name) if env[name] else None
 
 
 def print_table() -> int:

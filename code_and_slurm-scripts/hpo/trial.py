@@ -30,7 +30,7 @@ from hpo.settings import Settings, UserError
 from hpo.site import fault_of
 from hpo.study.optuna_private import storage_of, trial_id
 from hpo.study.served import Leased
-from hpo.study.trials import best_trials
+from hpo.study.trials import to_keep
 from hpo.values import without_password
 from hpo.words import one_line
 
@@ -164,7 +164,7 @@ def tidy(study: optuna.Study) -> None:
     settings = Settings.from_env()
     trials = study.get_trials(deepcopy=False)
     finished = {trial.number for trial in trials if trial.state.is_finished()}
-    checkpoint.tidy(finished, {trial.number for trial in best_trials(study, settings.keep_best)})
+    checkpoint.tidy(finished, to_keep(study, settings.keep_best))
 
 
 def reason_of(error: BaseException) -> str:

@@ -7,11 +7,15 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha1
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+SQLITE_PREFIX = "sqlite:///"
+# Besides sqlite; see hpo/study/opening.py.
+SERVER_URLS = ("postgresql", "postgres", "mysql", "journal", "grpc")
 
 
 class UserError(Exception):
@@ -215,3 +219,61 @@ def check_writable(path: Path) -> None:
     for needed in (path.parent, path):
         if needed.exists() and not os.access(needed, os.W_OK):
             raise UserError(f"STUDY_DB: no permission to write {needed}")
+
+
+def final_seeds(env: Mapping[str, str], finalists: int, total: int, objectives: int) -> int:
+    """Return FINAL_SEEDS: 0 for none, or so many that TOTAL_TRIALS leaves a search. Raises."""
+    seeds = integer(env, "FINAL_SEEDS", 0, 20)
+    if seeds > 1 and objectives > 1:
+        raise UserError("FINAL_SEEDS ranks by a mean of one objective; for several give 0")
+    if seeds > 1 and total < finalists * seeds:
+        raise UserError(
+            f"FINAL_SEEDS={seeds} takes {finalists * (seeds - 1)} of TOTAL_TRIALS={total}; give "
+            f"TOTAL_TRIALS={finalists * seeds} or more, or FINAL_SEEDS=0"
+        )
+    return seeds
+
+
+def other_study(
+    text: str, own: tuple[str, str], url_of: Callable[[str], str]
+) -> tuple[str, str] | None:
+    """Return STUDY_DB and STUDY_NAME of FROM_STUDY; None without it. Raises UserError."""
+    if not text:
+        return None
+    database, _, name = text.rpartition(":")
+    try:
+        url = database if "://" in database else f"{SQLITE_PREFIX}{database}"
+        found = (url_of(url) if database else own[0]), study_name(name)
+    except UserError:  # its words are about STUDY_DB, and show a password
+        raise UserError(
+            "FROM_STUDY names no study; give the NAME of one in STUDY_DB, or FILE:NAME or URL:NAME,"
+            " e.g. FROM_STUDY=old.db:mnist_hpo"
+        ) from None
+    if found == own:
+        raise UserError(f"FROM_STUDY={name} is the study itself; name another one")
+    return found
+
+
+def py_script(text: str, folder: Path) -> str:
+    """Return the path of the script from `folder`: the bundle may be moved, and have subfolders."""
+    path = os.path.relpath(folder / text, folder)
+    if not path.endswith(".py") or len(os.fsencode(path)) > 250:
+        raise UserError(f"PY_SCRIPT={text!r} is no Python script; give its name, e.g. my_model.py")
+    return path
+
+
+def study_url(text: str, folder: Path) -> str:
+    """Return STUDY_DB in the form that the bundle uses.  Raises UserError if it is not legal."""
+    scheme = urlsplit(text).scheme.split("+")[0]
+    if text.startswith(SQLITE_PREFIX) and len(text) > len(SQLITE_PREFIX):
+        # Relative paths start at `folder`, not at the cwd; an absolute right-hand side replaces it.
+        path = database_file(text, folder / text[len(SQLITE_PREFIX) :])
+        return f"{SQLITE_PREFIX}{path}"
+    if scheme in SERVER_URLS and "://" in text:
+        return server_url(text)
+    shown = without_password("".join(text.split()))  # a blank would divide a password
+    raise UserError(
+        f"STUDY_DB={shown!r} is no URL that can be used here; "
+        "give sqlite:///study.db (or sqlite:////absolute/path/study.db), or "
+        "postgresql://user:password@host/database"
+    )

@@ -53,6 +53,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+def with_tuples(value: Any) -> Any:
+    """Return a choice as search_space has it: tuples where JSON has made lists of them."""
+    value = plain(value)
+    return tuple(map(with_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """Return a value as JSON; NumPy's and torch's numbers are numbers, what is no data its text."""
 

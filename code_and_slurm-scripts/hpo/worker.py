@@ -29,7 +29,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache, partial
 
 import optuna
@@ -39,19 +38,22 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo import gpu, script
 from hpo import settings as process
 from hpo.drain import Drain, DrainingPruner
-from hpo.search.guard import GuardedPruner, GuardedSampler, SearchFailed
+from hpo.search import finals
+from hpo.search.given import equip
+from hpo.search.guard import SearchFailed
+from hpo.search.known import begin_with, known_for
 from hpo.search.objectives import check_objectives
-from hpo.search.pruners import check_search, make_pruner
+from hpo.search.pruners import check_search
 from hpo.search.remembered import Plan, adopt_space, plan_of
-from hpo.search.samplers import assign, make_sampler, sampler_seed
 from hpo.settings import Settings, UserError, use
 from hpo.site import SITE_FAULT, Patience, SiteFault
-from hpo.study.engines.sqlite_file import DiskFull, StudyBusy
+from hpo.study.engines.postgresql import ServerAway
+from hpo.study.engines.sqlite_errors import DiskFull, StudyBusy
 from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id, trial_id
 from hpo.study.served import Leased, ServerGone
 from hpo.study.storage import NoTrialLeft
-from hpo.study.trials import best_trials, count, same_reason, without_best
+from hpo.study.trials import best_line, best_searched, count, same_reason
 from hpo.study.upkeep import Upkeep
 from hpo.trial import (
     Objective,
@@ -102,6 +104,7 @@ def run_worker(objective: Objective) -> int:
     drain = Drain(settings.job_end, settings.drain_file)
     drain.watch_the_end()
     plan = plan_of(settings, me)
+    found = known_for(settings, me, plan)
     patience = Patience(settings.lease_grace, drain)
     try:
         study = patience.call(partial(_open, settings))
@@ -111,7 +114,8 @@ def run_worker(objective: Objective) -> int:
     patience.restore()
     try:
         adopt_space(study, settings, plan)
-        settings = use(_prepare(study, settings, plan))
+        plan.known = begin_with(study, found)
+        settings = use(equip(study, settings, plan))
         study.pruner = DrainingPruner(study.pruner, drain)
         gpu.check(start=settings.gpus_per_trial == 1)
         with Upkeep(study, settings) as upkeep:
@@ -122,25 +126,13 @@ def run_worker(objective: Objective) -> int:
 
 
 def _open(settings: Settings) -> optuna.Study:
-    """Open the study; a disk that is full, or away, is the site's fault, all else the user's."""
+    """Open the study; a disk or a server that is away is the site's fault, all else the user's."""
     try:
         return create_or_open_study(settings)
     except UserError as error:
-        if isinstance(error.__cause__, (DiskFull, StudyBusy, ServerGone)):
+        if isinstance(error.__cause__, (DiskFull, StudyBusy, ServerAway, ServerGone)):
             raise error.__cause__ from None
         raise
-
-
-def _prepare(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
-    """Give the study its sampler and pruner; return the settings with its real TOTAL_TRIALS."""
-    seed = sampler_seed(settings.seed, settings.rank, len(study.get_trials(deepcopy=False)))
-    sampler = make_sampler(settings, seed, space=plan.space, combinations=plan.combinations)
-    study.sampler = GuardedSampler(sampler)
-    if len(study.directions) > 1 and settings.pruner != "none":
-        log.info("several objectives: nothing is pruned (PRUNER=%s is not used)", settings.pruner)
-        settings = replace(settings, pruner="none", pruner_options={})
-    study.pruner = GuardedPruner(make_pruner(settings))
-    return settings
 
 
 class _Loop:
@@ -214,16 +206,15 @@ class _Loop:
             except SearchFailed:  # the trial was claimed before its parameters were chosen
                 _give_back_all(self.study)
                 raise
+            finals.mark(self.study, self.settings, self.plan, trial)
             self.study.stop = partial(trial.set_user_attr, STOPS, True)  # type: ignore[method-assign]
             if len(self.study.directions) > 1:
                 let_several_objectives_report(trial)
             return trial, True
 
     def limit(self, trials: Sequence[FrozenTrial]) -> int:
-        """Return with how many trials the study ends: a finite space ends when all was tried."""
-        total = self.settings.total_trials
-        if self.plan.combinations:
-            total = min(total, len(trials) + assign(self.plan.combinations, trials)[1])
+        """Return how many trials the study may have now (see hpo/search/finals.py)."""
+        total = finals.limit(self.study, self.settings, self.plan, trials)
         storage = storage_of(self.study)
         if isinstance(storage, Leased):
             storage.total_trials = total
@@ -236,7 +227,7 @@ class _Loop:
                 return f"trial {trial.number} has stopped the study"
         wanted = self.settings.stop_value
         if wanted is not None and len(self.study.directions) == 1:
-            best = best_trials(self.study, 1)
+            best = best_searched(self.study, 1)
             maximize = self.study.direction == optuna.study.StudyDirection.MAXIMIZE
             if best and (best[0].values[0] >= wanted if maximize else best[0].values[0] <= wanted):
                 return f"trial {best[0].number} has reached STOP_VALUE={shown(wanted)}"
@@ -309,13 +300,7 @@ def _log_end(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, seconds
     elif outcome.reason:
         what = f"failed ({outcome.reason})"
     line = f"trial {trial.number} {what} after {seconds:.1f} s ({parameters(trial.params)})"
-    if len(study.directions) > 1:
-        line += f"; {len(study.best_trials)} trials in the Pareto front"
-    elif best := best_trials(study, 1):
-        line += f"; best so far {values(best[0].values)} (trial {best[0].number})"
-    else:
-        line += f"; {without_best(study)}"
-    log.info(line)
+    log.info("%s; %s", line, best_line(study))
 
 
 class _Lines(logging.Formatter):

@@ -3,5 +3,7 @@
 samplers, pruners   SAMPLER and PRUNER → Optuna's objects;  guard: their errors are the site's
 tpe                 SAMPLER=tpe: which trials are good
 space, remembered   what search_space suggests, and that a study remembers it
+known, finals       what a study begins with, and that it ends with its best again
+given               trials whose parameters are known
 objectives          several objectives
 """

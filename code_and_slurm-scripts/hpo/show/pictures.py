@@ -18,6 +18,8 @@ from typing import Any, TypeAlias
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.study.trials import without_finals
+
 MOST_CONTOURS = 4  # parameters: each pair of them is one contour plot
 COLOURS = {
     TrialState.COMPLETE: "#1f77b4",
@@ -49,8 +51,12 @@ class Bar:
     end: datetime
 
 
-def pictures_of(study: optuna.Study, names: list[str]) -> list[Picture]:
-    """Return the pictures of a study with complete trials; `names` are those of its objectives."""
+def pictures_of(whole: optuna.Study, names: list[str]) -> list[Picture]:
+    """Return the pictures of a study with complete trials; `names` are those of its objectives.
+
+    The timeline alone shows the final runs: they are no search.
+    """
+    study = without_finals(whole)
     if len(names) > 1:
         return [_pareto(study, names), *_of_several_objectives(study, names), _timeline(study)]
     shown = important_params(study)
@@ -73,7 +79,7 @@ def pictures_of(study: optuna.Study, names: list[str]) -> list[Picture]:
                  "One line per trial: what it reported after each epoch.  Blue ones are complete, "
                  "orange ones were pruned.",
                  "plot_intermediate_values", _colour_by_state),
-        _timeline(study),
+        _timeline(whole),
         _picture(study, "edf", "Empirical distribution",
                  "The share of complete trials that reached a value, or a better one.",
                  "plot_edf", target_name=names[0]),

@@ -18,22 +18,12 @@ from hpo.settings import Settings
 from hpo.study.opening import backup_in_use, open_study
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.served import Leased
-from hpo.study.trials import Counts, best_trials, count, fail_reasons, without_best
-from hpo.words import cut, shown, values
+from hpo.study.trials import Counts, best_line, count, fail_reasons
+from hpo.words import cut, shown
 
 POLL_SECONDS = 2.0
 BAR = 40  # characters
 CLEAR = "\x1b[H\x1b[2J"  # the terminal's codes for: cursor to the top left, erase all
-
-
-def best_line(study: optuna.Study) -> str:
-    """Return the best value so far; with several objectives, the size of the Pareto front."""
-    best = best_trials(study)
-    if not best:
-        return without_best(study)
-    if len(study.directions) > 1:
-        return f"{len(best)} trials in the Pareto front"
-    return f"best {values(best[0].values)} (trial {best[0].number})"
 
 
 def running(study: optuna.Study) -> list[str]:

@@ -25,8 +25,8 @@ from hpo.files import whole
 from hpo.settings import Settings, UserError
 from hpo.show.pictures import Picture, pictures_of
 from hpo.study.opening import backup_in_use
-from hpo.study.trials import best_trials, complete, without_best
-from hpo.words import shown, values
+from hpo.study.trials import best_in_words, best_trials, complete, without_best
+from hpo.words import shown
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -134,7 +134,7 @@ def _best(study: optuna.Study, names: list[str]) -> dict[str, str]:
             pairs = zip(names, trial.values, strict=True)
             rows[f"trial {trial.number}"] = ", ".join(f"{n} {shown(v)}" for n, v in pairs)
         return rows
-    rows = {names[0]: f"{values(best[0].values)} (trial {best[0].number})"}
+    rows = {names[0]: best_in_words(study)}
     return rows | {name: shown(value) for name, value in best[0].params.items()}
 
 

@@ -18,8 +18,9 @@ from optuna.trial import FrozenTrial
 from hpo.settings import Settings, UserError, study_url
 from hpo.study import leases, tables
 from hpo.study.engines import Transaction
+from hpo.study.engines.kept import refuse_loss
 from hpo.study.engines.postgresql import PostgreSQL
-from hpo.study.engines.sqlite_file import StudyFile, is_young, new_database, refuse_loss, whole_copy
+from hpo.study.engines.sqlite_file import StudyFile, is_young, new_database, whole_copy
 from hpo.study.opening import clear_errors, open_storage, open_study
 from hpo.study.optuna_private import FrozenStudy, storage_of, study_id
 from hpo.study.storage import SQLiteStorage

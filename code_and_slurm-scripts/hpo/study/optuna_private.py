@@ -8,12 +8,14 @@ version a name may be gone, or mean something else, in the middle of a study.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Callable, Container
+from typing import Any, cast
 
 import optuna
 from optuna.storages import BaseStorage, GrpcStorageProxy
 from optuna.study._frozen import FrozenStudy
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 __all__ = [
     "FrozenStudy",
@@ -23,6 +25,7 @@ __all__ = [
     "study_id",
     "trial_id",
     "with_trial_id",
+    "without",
 ]
 
 
@@ -97,3 +100,32 @@ class _Stub:
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._of_optuna, name)
         return lambda request: self._proxy.call(method, request)
+
+
+def without(study: optuna.Study, hidden: Callable[[FrozenTrial], bool]) -> optuna.Study:
+    """Return the study as it is without some of its trials, for a sampler or a pruner.
+
+    Hyperband gives samplers a view of its own, made for one call, which cannot be copied.
+    """
+    view = copy.copy(study) if type(study) is optuna.Study else study
+    view._storage = cast("BaseStorage", _Hiding(study._storage, hidden))
+    return view
+
+
+class _Hiding:
+    """A storage without some of the trials."""
+
+    def __init__(self, storage: BaseStorage, hidden: Callable[[FrozenTrial], bool]) -> None:
+        self._storage, self._hidden = storage, hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        found = self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states)
+        return [trial for trial in found if not self._hidden(trial)]

@@ -1,12 +1,12 @@
-"""An Optuna storage for many workers on one SQLite file: each trial is run once, to its end.
+"""An Optuna storage for many workers on one database: each trial is run once, to its end.
 
-The tables are Optuna's own, so stock Optuna, its dashboard or a stock worker may open the same
-file at any time. What differs from Optuna's own SQLite storage:
+The tables are Optuna's own, so stock Optuna, its dashboard or a stock worker may use them at the
+same time. What differs from Optuna's own storage of databases, whatever the engine (engines/):
 
 * One transaction per event, and the parameters of a trial go with its first report: 6 commits
   for a trial with 8 parameters and 4 reports, in place of 23.
 * Incremental reads (cache.py): finished trials are kept in memory, and what has changed is
-  one SELECT, or none while nobody has written.
+  one SELECT, or with SQLite none while nobody has written.
 * Atomic claims: study.ask() takes a waiting trial, or makes a new one up to `total_trials`.
 * Leases: a claim gives the right to report and to finish; every write renews it, and checks it in
   the same transaction (held.py). A lease that is no longer renewed is taken back (leases.py): the
@@ -44,7 +44,7 @@ __all__ = ["LeaseLost", "NoTrialLeft", "SQLiteStorage"]
 
 
 class SQLiteStorage(BaseStorage):
-    """Optuna's storage on one SQLite file, shared by many workers.
+    """Optuna's storage on one database, shared by many workers: an engine, or an SQLite file.
 
     `worker` names this worker, for people; finished trials get it as their user attribute
     `worker`, if there is one. `token` tells this process from all others; by default a new one.
@@ -301,6 +301,10 @@ class SQLiteStorage(BaseStorage):
     def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
         """Set a user attribute. Raises KeyError."""
         self._studies.set_attribute("study_user", study_id, key, value)
+
+    def set_study_user_attr_once(self, study_id: int, key: str, value: Any) -> None:
+        """Set a user attribute unless it is there, in one transaction."""
+        self._studies.set_once(study_id, key, value)
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
         """Set an attribute of Optuna's. Raises KeyError."""

@@ -15,6 +15,10 @@ from hpo.study.engines import Engine, Transaction
 from hpo.study.optuna_private import FrozenStudy
 from hpo.study.optuna_private import study_id as id_of_study
 from hpo.study.tables import set_attribute
+from hpo.words import to_json
+
+SET_ONCE = """INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (?, ?, ?)
+ON CONFLICT (study_id, key) DO NOTHING"""
 
 
 def insert_study(db: Transaction, directions: Sequence[StudyDirection], name: str) -> int:
@@ -63,6 +67,11 @@ class Studies:
         self.get(study_id)
         with self._file.write() as db:
             set_attribute(db, kind, study_id, key, value)
+
+    def set_once(self, study_id: int, key: str, value: Any) -> None:
+        """Set a user attribute unless it is there, whoever else tries it at the same time."""
+        with self._file.write() as db:
+            db.execute(SET_ONCE, (study_id, key, to_json(value)))
 
     def id_of(self, name: str) -> int:
         """Return the id of a study. Raises KeyError."""

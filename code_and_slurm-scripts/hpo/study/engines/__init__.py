@@ -3,6 +3,7 @@
     sqlite_file   one file: a lock for all writers, a version that tells whether anybody wrote,
                   copies, damage
     postgresql    a server: row locks, connections that are lost and made anew
+    kept          of both: a backup is not replaced by a study that has lost trials
 
 What the storage says to them is the same SQL, with ? for each value.  Where SQLite's one lock for
 all writers makes a difference, PostgreSQL is asked for the row's (`lock`), before what depends on

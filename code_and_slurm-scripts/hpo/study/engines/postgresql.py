@@ -68,6 +68,10 @@ class ServerError(EngineError):
     """The server cannot be reached, or has refused; nothing was changed."""
 
 
+class ServerAway(ServerError):
+    """Nobody answers, or the server is starting or stopping: it may be there again in a minute."""
+
+
 class NoTables(ServerError):
     """There is no study in this database yet."""
 
@@ -85,6 +89,13 @@ def driver() -> Any:
 def to_driver(sql: str) -> str:
     """Return a statement as both drivers want it."""
     return sql.replace("?", "%s")
+
+
+def is_away(error: BaseException) -> bool:
+    """Return whether a server has not answered, or is starting or stopping (by the text)."""
+    text = str(error)
+    answered = "FATAL:" in text or "ERROR:" in text
+    return not answered or any(word in text for word in ("starting up", "shut", "terminating"))
 
 
 class _Cursor:
@@ -184,10 +195,13 @@ class PostgreSQL:
         """Let Optuna make its tables, and make ours; one process at a time."""
         with self._explained(), closing(self._connect()) as db:
             _Cursor(db, f"SELECT pg_advisory_lock({KEY})", ())
-            stock = RDBStorage(
-                f"postgresql+{self._driver.__name__}://",
-                engine_kwargs={"creator": self._new_connection},
-            )
+            try:
+                stock = RDBStorage(
+                    f"postgresql+{self._driver.__name__}://",
+                    engine_kwargs={"creator": self._new_connection},
+                )
+            except Exception as error:  # SQLAlchemy's, around the driver's
+                raise getattr(error, "orig", None) or error from error
             stock.remove_session()
             stock.engine.dispose()
             _Cursor(db, LEASES, ())
@@ -233,7 +247,7 @@ class PostgreSQL:
                     raise
                 self.close()
                 if time.monotonic() - start > limit:
-                    raise ServerError(
+                    raise ServerAway(
                         f"{self.name} has been away for {limit:.0f} s ({self._one_line(error)})"
                     ) from error
             except BaseException:
@@ -303,7 +317,8 @@ class PostgreSQL:
                 ) from error
             ours = (self._driver.OperationalError, self._driver.InternalError)
             if isinstance(error, ours) or code in ("42501", "25006"):
-                raise ServerError(f"{self.name}: {self._one_line(error)}") from error
+                kind = ServerAway if is_away(error) else ServerError
+                raise kind(f"{self.name}: {self._one_line(error)}") from error
             raise
 
     def _one_line(self, error: BaseException) -> str:

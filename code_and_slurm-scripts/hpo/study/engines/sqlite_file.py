@@ -29,7 +29,9 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 
 from hpo.files import sync
-from hpo.study.engines import LOCK, SCHEMA, EngineError, Transaction, Version
+from hpo.study.engines import LOCK, SCHEMA, Transaction, Version
+from hpo.study.engines.kept import refuse_loss
+from hpo.study.engines.sqlite_errors import CorruptStudy, StudyBusy, StudyFileError, explain
 
 T = TypeVar("T")
 
@@ -46,40 +48,6 @@ LEASES = (
 
 
 _inherited: list[sqlite3.Connection] = []  # a parent's connections: kept, because closing acts
-
-
-class StudyFileError(EngineError):
-    """The study's file cannot be used; the message says which file, why, and what to do."""
-
-
-class StudyBusy(StudyFileError):
-    """Somebody held the lock for the whole time limit, or this file system has no locks."""
-
-
-class CorruptStudy(StudyFileError):
-    """The file is not a healthy study. It was left untouched."""
-
-
-class DiskFull(StudyFileError):
-    """A write did not fit, or failed. The file is as it was: go on when the site is well."""
-
-
-def explain(error: sqlite3.Error, path: str) -> Exception:
-    """Return SQLite's error in the user's terms (by its text: Python 3.10 has no codes)."""
-    text = str(error)
-    if "not a database" in text or "malformed" in text:
-        return CorruptStudy(f"{path} is damaged ({text}). It was left as it is: restore a backup.")
-    if "full" in text:
-        return DiskFull(f"Cannot write {path}: disk full or over quota ({text}).")
-    if "disk I/O error" in text:  # SQLite does not say more
-        return DiskFull(
-            f"Cannot use {path}: its disk or file server fails or is away, or disk full ({text})."
-        )
-    if "unable to open" in text or "readonly" in text:
-        return StudyFileError(
-            f"Cannot open or write {path}: missing, no permission, or disk full ({text})."
-        )
-    return StudyFileError(f"{path}: {text}") if type(error) is sqlite3.OperationalError else error
 
 
 def create_study_file(
@@ -219,13 +187,9 @@ class StudyFile:
                 self._connection = None
 
     def _patiently(self, step: Callable[..., T], *args: Any) -> T:
-        """Call `step` until the lock is free.
-
-        Raises StudyBusy when nobody has written for `timeout` seconds: a slow node that loses
-        every race against others waits on.
-        """
+        """Call `step` until the lock is free. Raises StudyBusy after `timeout` idle seconds."""
         start = since = time.monotonic()
-        seen: tuple[int, ...] = ()
+        seen = 0  # the last write: who loses every race, behind a slow link, waits on
         while True:
             try:
                 return step(*args)
@@ -234,25 +198,15 @@ class StudyFile:
                     raise
                 now = time.monotonic()
                 if not seen or now - since > self.timeout:
-                    seen, before, since = self._last_write(), seen, now
+                    before, seen, since = seen, os.stat(self.path).st_mtime_ns, now
                     if seen == before:
                         raise StudyBusy(
                             f"{self.path} stayed locked for {self.timeout:.0f} s, and nobody wrote."
                             " Is a worker stopped half-way, or has this file system no locks (see "
                             "check_cluster.py)?"
                         ) from error
-            # At first below a millisecond; later up to 20 ms, to spare a network file system; and
-            # who has lost for long asks more often than those who come.
-            longest = min(0.001 + (now - start) / 50, 0.02) if now - start < 2 else 0.003
-            time.sleep(random.uniform(0.0002, longest))
-
-    def _last_write(self) -> tuple[int, ...]:
-        """Return what changes with each transaction of anybody; never opens the file."""
-        found: tuple[int, ...] = ()
-        for path in (self.path, f"{self.path}-journal"):
-            with suppress(FileNotFoundError):
-                found += os.stat(path).st_mtime_ns, os.stat(path).st_size
-        return found
+            # At first below a millisecond; later up to 20 ms, to spare a network file system.
+            time.sleep(random.uniform(0.0002, min(0.001 + (now - start) / 50, 0.02)))
 
     def read(self, sql: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Return all rows of one SELECT, which is one consistent picture."""
@@ -314,7 +268,7 @@ class StudyFile:
 
         The copy is consistent (sqlite3's backup), checked and on the disk before it takes the
         name; a damaged study never replaces a good backup, nor does one that has lost trials.
-        Returns whether a copy was made.  Raises CorruptStudy, DiskFull.
+        Returns whether a copy was made.  Raises EngineError.
         """
         target = os.path.abspath(target)
         if is_young(target, max_age):
@@ -326,25 +280,3 @@ class StudyFile:
             refuse_loss(copy, target)
             os.replace(copy, target)
         return True
-
-
-def refuse_loss(copy: str, target: str) -> None:
-    """Raise CorruptStudy if a backup has a study, or trials of one, that its successor has not."""
-    now = _trials_by_study(copy)
-    for name, trials in _trials_by_study(target).items():
-        if now.get(name, -1) < trials:
-            left = f"has {now[name]}" if name in now else "is not there"
-            raise CorruptStudy(
-                f"study {name!r} {left}, and {trials} trials in its backup, which stays as it is: "
-                f"if that is meant, move it away: {target}"
-            )
-
-
-def _trials_by_study(path: str) -> dict[str, int]:
-    """Return how many trials each study of a file has; nothing of a file that cannot be read."""
-    sql = "SELECT study_name, count(trial_id) FROM studies LEFT JOIN trials USING (study_id) "
-    try:
-        with closing(sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True)) as db:
-            return dict(db.execute(sql + "GROUP BY study_id").fetchall())
-    except sqlite3.Error:
-        return {}

@@ -18,8 +18,8 @@ import pytest
 from common import Run
 from fake_study import fill
 from hpo.settings import Settings, UserError
-from hpo.show.pictures import bars
 from hpo.show.report import write_report
+from hpo.show.timeline import bars
 from hpo.study.opening import create_or_open_study
 
 ONE = ["history", "importances", "parallel", "slice", "contour", "intermediate", "timeline", "edf"]

@@ -151,6 +151,11 @@ class Settings:
         """The name of this worker, for people."""
         return f"worker {self.rank} on {os.uname().nodename}"
 
+    @property
+    def signature(self) -> str:
+        """What a trial keeps of who has run it: the worker and its job, which name its log."""
+        return self.worker + (f", job {self.job_id}" if self.job_id else "")
+
     def inputs(self) -> dict[str, str]:
         """What all trials of a study must have in common, as it was given: DATA, SMALL, …"""
         found = {"SMALL": "1"} if self.small else {}
@@ -282,6 +287,11 @@ def _study_url(text: str) -> str:
     )
 
 
+def in_force() -> dict[str, str]:
+    """Return the text of every variable: what the environment says, or its default."""
+    return {name: os.environ.get(name) or default for name, default in DEFAULTS.items()}
+
+
 def print_table() -> int:
     """Print every variable, the value in force, and what it is; return the exit status.
 
@@ -290,13 +300,12 @@ def print_table() -> int:
     """
     Settings.from_env()
     if sys.argv[1:] == ["given"]:
-        set_to = {name: os.environ.get(name) or default for name, default in DEFAULTS.items()}
-        words = [f"{n}={shlex.quote(v)}" for n, v in set_to.items() if v != DEFAULTS[n]]
+        words = [f"{n}={shlex.quote(v)}" for n, v in in_force().items() if v != DEFAULTS[n]]
         print(" ".join(words))
         return 0
+    set_to = in_force()
     for variable in VARIABLES:
-        value = os.environ.get(variable.name) or variable.default or "-"
-        print(f"{variable.name:16} {value:20} {variable.says}")
+        print(f"{variable.name:16} {set_to[variable.name] or '-':20} {variable.says}")
     return 0
 
 

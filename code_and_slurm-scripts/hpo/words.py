@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,11 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def without_password(url: str) -> str:
+    """Return the URL of a database as it may be shown."""
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
 
 
 def one_line(text: object, most: int = 500) -> str:

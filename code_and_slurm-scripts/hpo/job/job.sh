@@ -112,8 +112,7 @@ run_workers() {
 
 # The report, how many trials are left, and the one command that goes on.
 print_report() {
-    "${in_container[@]}" python check_best_model.py || true # what it says is all there is to say
-    "${in_container[@]}" python check_best_model.py --report || true
+    "${in_container[@]}" python check_best_model.py --report || true # it says what is wrong
     local after
     read -r -a after < <("${in_container[@]}" python -m hpo.job.count)
     if ((after[1] == 0)); then

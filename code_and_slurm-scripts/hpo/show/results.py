@@ -18,7 +18,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo import packages
-from hpo.checkpoint import weights_path
+from hpo.checkpoint import folder_path, weights_path
 from hpo.script import Script, as_if_launched, load
 from hpo.settings import SCRIPTS, Settings, UserError, use
 from hpo.study.trials import best_trials, without_best
@@ -160,6 +160,25 @@ def scores(script: Script, config: Any, weights: Mapping[str, Any]) -> dict[str,
         raise UserError(f"test_model in {script.py_script} returned nothing")
     named = found if isinstance(found, Mapping) else {"test score": found}
     return {str(name): as_data(score) for name, score in named.items()}
+
+
+def tested(study: optuna.Study, settings: Settings, trial: FrozenTrial) -> dict[str, str]:
+    """Return what is there of a trial, by name, as it is shown: test scores, its folder, weights.
+
+    Without a score, why there is none: whatever is wrong, everything else can be shown.
+    """
+    folder, weights = folder_path(settings, trial.number), weights_path(settings, trial.number)
+    found = {"folder": str(folder)} if folder.is_dir() else {}
+    if found and not weights.exists():
+        return found  # of a program, or a framework, that saves by itself
+    try:
+        state = load_weights(settings, trial.number)
+        script = load_script(study, settings)
+        script.need("test_model", "it")
+        named = scores(script, configuration(script, study, trial), state)
+    except UserError as error:
+        return {**found, "test score": f"none: {error}"}
+    return {**found, **{n: shown_score(s) for n, s in named.items()}, "weights": str(weights)}
 
 
 def as_data(value: Any) -> Any:

@@ -83,7 +83,7 @@ def open_storage(settings: Settings) -> BaseStorage:
         return _served_storage(settings, server)
     if settings.sqlite_path:
         path = settings.sqlite_path
-        return SQLiteStorage.of(settings, path, settings.worker, readonly=not _may_write(path))
+        return SQLiteStorage.of(settings, path, settings.signature, readonly=not _may_write(path))
     if scheme == "journal":
         from optuna.storages.journal import JournalFileBackend
 

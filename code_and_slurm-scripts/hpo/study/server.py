@@ -44,7 +44,7 @@ def serve(settings: Settings, workers: int) -> None:
     assert path
     host, ports = socket.gethostname(), _free_ports(workers)
     storages = [
-        SQLiteStorage.of(replace(settings, token=""), path, f"worker {rank}")
+        SQLiteStorage.of(replace(settings, token=""), path, f"worker {rank}, job {settings.job_id}")
         for rank in range(workers)
     ]
     servers = [

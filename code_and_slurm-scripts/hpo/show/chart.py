@@ -37,7 +37,7 @@ def draw_lines(module: Any, lines: Sequence[Line], x_title: str, y_title: str) -
     """
     lines = [line for line in lines if len(line.x)]
     if not lines:
-        raise ValueError("nothing was reported")
+        raise ValueError("there is nothing to draw")
     draw = _with_plotly if module is optuna.visualization else _with_matplotlib
     return draw(lines, x_title, y_title)
 
@@ -49,8 +49,9 @@ def _with_plotly(lines: Sequence[Line], x_title: str, y_title: str) -> Any:
     for line in lines:
         figure.add_scatter(
             x=list(line.x), y=list(line.y), name=line.name,
-            mode="markers" if line.dots or len(line.x) == 1 else "lines",
-            marker={"color": line.colour, "size": 5},
+            mode="markers" if line.dots else "lines" if line.step and len(line.x) > 1
+            else "lines+markers",
+            marker={"color": line.colour, "size": 5 if line.dots or line.step else 3},
             line={"color": line.colour, "width": line.width, "shape": "hv" if line.step else None},
             fill="tozeroy" if line.filled else None,
         )  # fmt: skip
@@ -66,11 +67,12 @@ def _with_matplotlib(lines: Sequence[Line], x_title: str, y_title: str) -> Any:
     for line in lines:
         x: Any = list(line.x)
         y: Any = [float("nan") if value is None else value for value in line.y]
-        dots = line.dots or len(x) == 1
+        marks = not line.step or len(x) == 1
         axes.plot(
             x, y, label=escaped(line.name), color=line.colour, linewidth=line.width * 0.6,
-            drawstyle="steps-post" if line.step else None, marker="." if dots else None,
-            linestyle="none" if dots else None, markersize=3 if line.dots else 6,
+            drawstyle="steps-post" if line.step else None, marker="." if marks else None,
+            linestyle="none" if line.dots else None,
+            markersize=3 if line.dots or line.step else 1.5,
         )  # fmt: skip
         if line.filled:
             axes.fill_between(

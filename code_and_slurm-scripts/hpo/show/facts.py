@@ -15,8 +15,9 @@ from hpo.packages import installed
 from hpo.search.pruners import reports_as
 from hpo.settings import Settings, in_force
 from hpo.show.results import shown_score
+from hpo.show.sample import LARGEST, fits_an_axis
 from hpo.show.timeline import bars
-from hpo.study.trials import attributes, best_trials, count, without_best
+from hpo.study.trials import attributes, best_trials, complete, count, without_best
 from hpo.words import cut, duration, one_line, shown, values, without_password
 
 Rows = dict[str, str]  # name → value, as it is shown
@@ -57,6 +58,8 @@ def progress(study: optuna.Study, settings: Settings) -> Rows:
     for name in ("complete", "pruned", "failed", "running", "waiting"):
         if (number := getattr(counts, name)) or name in ("complete", "pruned", "failed"):
             rows[name] = str(number)
+    if far := sum(not all(map(fits_an_axis, trial.values)) for trial in complete(study)):
+        rows["not drawn"] = f"{far} with values that are infinite or beyond ±{LARGEST:.0e}"
     return rows
 
 
@@ -134,7 +137,7 @@ def settings_of(study: optuna.Study, settings: Settings) -> Rows:
         word = str(known.get(name.lower(), ""))
         if word and rows[name].partition(":")[0].lower() != word:
             rows[name] = word
-    rows = {name: value for name, value in rows.items() if value}
+    rows = {name: value or "-" for name, value in rows.items()}
     versions = {name: installed(name) for name in ("optuna", "torch", "numpy")}
     rows["versions"] = ", ".join(
         [f"Python {platform.python_version()}", *(f"{n} {v}" for n, v in versions.items() if v)]

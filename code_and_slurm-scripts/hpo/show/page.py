@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
+MISSING = '<p class="missing">not drawn: '
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -149,7 +150,7 @@ def section(anchor: str, title: str, body: str, says: str = "") -> str:
 
 def missing(why: str) -> str:
     """Return what stands in the place of a picture that could not be drawn."""
-    return f'<p class="missing">not drawn: {html.escape(why)}</p>'
+    return f"{MISSING}{html.escape(why)}</p>"
 
 
 def trials(data: str, says: str, logs: str) -> str:

@@ -24,7 +24,7 @@ from hpo.show.timeline import COLOURS, timeline, utilisation
 from hpo.study.trials import complete, is_feasible
 
 MOST_CONTOURS = 4  # parameters: each pair of them is one contour plot
-CONTOUR_TRIALS = 150  # its grid has so many squared points for each pair
+CONTOUR_TRIALS = 100  # its grid has so many squared points for each pair
 MOST_PARAMS = 12  # side by side in one picture
 MOST_CURVES = 300
 LEAST = 10  # complete trials: from fewer, importance and contour are noise

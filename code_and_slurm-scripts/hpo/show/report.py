@@ -35,7 +35,7 @@ from hpo.show.trial_table import LOGS, for_page, write_csv
 from hpo.study.trials import best_trials, complete, fail_reasons, without_best
 from hpo.words import cut, one_line
 
-SECONDS = 14.0  # of CPU for the pictures: a job keeps 90 s for all that it does at its end
+SECONDS = 12.0  # of CPU for the pictures: a job keeps 90 s for all that it does at its end
 
 
 def write_report(
@@ -147,7 +147,8 @@ class Drawing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Optuna calls its pictures experimental
             for picture, twin in zip(pictures, paper, strict=True):
-                body = self._body(picture) + self._files(twin)
+                body = self._body(picture)
+                body += "" if body.startswith(page.MISSING) else self._files(twin)
                 body = page.section(picture.name, picture.title, body, picture.says)
                 found[picture.name] = picture.title, body
         optuna.logging.set_verbosity(level)
@@ -160,7 +161,8 @@ class Drawing:
         try:
             return _interactive(picture)
         except Exception as error:  # whatever Optuna or plotly make of a study's names and values
-            return page.missing(f"{type(error).__name__}: {one_line(error, 300)}")
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            return page.missing(f"{kind}{one_line(error, 300)}")
 
     def _files(self, picture: Picture) -> str:
         """Write the picture as PNG and PDF; return links to them, or "" if that was impossible."""
@@ -176,7 +178,7 @@ class Drawing:
         except OSError:
             raise
         except Exception as error:
-            return f'<p class="files">{page.missing(f"as a file: {one_line(error, 200)}")}</p>'
+            return page.missing(f"as a file, {one_line(error, 200)}")
         finally:
             plt.close("all")
 
@@ -196,7 +198,8 @@ def _interactive(picture: Picture) -> str:
     figure = picture.draw(optuna.visualization)
     if not figure.data:  # Optuna's answer to one parameter, or to trials without reports
         raise ValueError("the study has too few trials, parameters or reports for it")
-    figure.update_layout(title=None, margin={"t": 30, "b": 60}, autosize=True, width=None)
+    figure.update_layout(title=None, margin={"t": 60, "b": 60}, autosize=True, width=None)
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"})
     figure.update_xaxes(exponentformat="power", automargin=True)
     if len(figure.data) > 5:  # many small axes: two or three numbers fit under each
         figure.update_xaxes(nticks=3, selector={"type": "log"})
@@ -206,5 +209,5 @@ def _interactive(picture: Picture) -> str:
         div_id=f"plot-{picture.name}",
         config={"responsive": True, "displaylogo": False},
     )
-    width = 160 * picture.panels
+    width = 130 * picture.panels
     return f'<div class="wide"><div style="min-width: {width}px">{body}</div></div>'

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.study.trials import complete
 from hpo.words import cut, shown
 
-MOST = 1500  # complete trials in a picture: more are slow to draw, and look the same
+MOST = 1000  # complete trials in a picture: more are slow to draw, and look the same
 LARGEST = 1e100  # the difference of two values must be a number, too
 
 

@@ -19,7 +19,7 @@ from hpo.study.trials import attributes
 from hpo.words import cut, plain, to_json
 
 LOGS = SCRIPTS.parent / "logs"
-MOST_CHARACTERS = 1_500_000  # of the page's table
+MOST_CHARACTERS = 1_200_000  # of the page's table
 Cell = Any  # a number, a text, True, False; "" where there is none
 
 

@@ -151,7 +151,10 @@ def test_status_of_srun_is_kept_and_the_report_printed(job: Path) -> None:
         ({"SLURM_SUBMIT_DIR": "/tmp"}, "submitted from /tmp, which is not the bundle"),
         ({"CONTAINER": "/work/none.sif"}, "the image CONTAINER=/work/none.sif does not exist"),
         ({"PY_SCRIPT": "other.py"}, "PY_SCRIPT=other.py is not in"),
-        ({"REAL_PYTHON": "/bin/false"}, "pip install --user -r requirements-container.txt"),
+        (
+            {"REAL_PYTHON": "/bin/false"},
+            "pip install --user -c image.txt -r requirements-container.txt",
+        ),
     ],
 )
 def test_mistakes_end_the_job_at_once(job: Path, env: dict[str, str], says: str) -> None:

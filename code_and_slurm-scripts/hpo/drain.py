@@ -7,7 +7,7 @@ Five things end a worker early, none of which loses a finished epoch:
                         signals the batch shell.  A signal to the workers' step would also end the
                         process that mounts the container's image, under the workers' feet.
     the job's end       the next epoch would not be finished in time: stop before it starts
-    SIGTERM, SIGINT     from scancel or Ctrl-C: stop at once
+    SIGTERM, SIGINT     from scancel or Ctrl-C: stop at once; SIGHUP, of a closed terminal, too
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Drain:
         signal.signal(signal.SIGUSR1, self._stop_after_epoch)
         signal.signal(signal.SIGTERM, self._stop_now)
         signal.signal(signal.SIGINT, self._stop_now)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # unless it shall survive: nohup
+            signal.signal(signal.SIGHUP, self._stop_now)
 
     def is_due(self) -> bool:
         """Whether to stop: asked to, or the next epoch would not end before the job does."""
@@ -68,7 +70,7 @@ class Drain:
 
     @property
     def at_once(self) -> bool:
-        """Whether SIGTERM or SIGINT has come."""
+        """Whether SIGTERM, SIGINT or SIGHUP has come."""
         return self._at_once
 
     def epoch_ended(self) -> None:

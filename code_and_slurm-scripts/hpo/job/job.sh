@@ -27,7 +27,9 @@ check_settings() {
     export CONTAINER PY_SCRIPT STUDY_DB STUDY_NAME TOTAL_TRIALS SAMPLER PRUNER
     "${in_container[@]}" python -m hpo.packages ||
         die "the tested Optuna is not installed in the image; on the login node, once:
-    apptainer exec --bind /tmpdir,/work $CONTAINER pip install --user -r requirements-container.txt"
+    in_image() { apptainer exec --bind /tmpdir,/work $CONTAINER \"\$@\"; }
+    in_image python -s -m hpo.packages image > image.txt
+    in_image pip install --user -c image.txt -r requirements-container.txt"
 }
 
 # What Slurm knows and the container cannot ask: it has no squeue.

@@ -49,7 +49,7 @@ find_packages() {
     local place said
     place=$(mktemp -d)
     said=$("$1" -m pip download --quiet --disable-pip-version-check --no-deps --retries 0 \
-        --timeout 10 --dest "$place" pip 2>&1) && rm -rf -- "$place" && return
+        --timeout 10 --dest "$place" optuna 2>&1) && rm -rf -- "$place" && return
     rm -rf -- "$place"
     echo "error: pip finds no packages; the first time this needs a network" \
         "(${said##*ERROR: })" >&2

@@ -8,6 +8,7 @@ page then says so in its place.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +61,8 @@ def pictures_of(study: optuna.Study, names: Sequence[str], paper: bool = False) 
     if len(names) > 1:
         found = [_pareto(drawn, names)]
         for index, name in enumerate(names):
-            found += _of_one(drawn, few, index, name, f"-{index + 1}-{_file_name(name)}")
+            each = _of_one(drawn, few, index, name, f"-{index + 1}-{_file_name(name)}")
+            found += [picture for picture in each if not picture.name.startswith("contour")]
         return [*found, *end[1:]]
     first, *others = _of_one(drawn, few, 0, names[0], "")
     return [first, end[0], *others, *end[1:]]
@@ -119,7 +121,9 @@ def important_params(study: optuna.Study, objective: int = 0) -> list[str]:
     names = dict.fromkeys(name for trial in complete(study) for name in trial.params)
     try:
         target = _low_is_good(study, objective)
-        ranked = list(optuna.importance.get_param_importances(study, target=target))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of few trials: the page says how many they are
+            ranked = list(optuna.importance.get_param_importances(study, target=target))
     except Exception:  # fewer than two trials, or all of the same value: then in any order
         ranked = []
     return list(dict.fromkeys([*ranked, *names]))

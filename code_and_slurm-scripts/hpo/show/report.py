@@ -147,6 +147,8 @@ class Drawing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Optuna calls its pictures experimental
             for picture, twin in zip(pictures, paper, strict=True):
+                for kind in ("png", "pdf"):  # of an earlier report: the page would not be about it
+                    (self.folder / f"{picture.name}.{kind}").unlink(missing_ok=True)
                 body = self._body(picture)
                 body += "" if body.startswith(page.MISSING) else self._files(twin)
                 body = page.section(picture.name, picture.title, body, picture.says)
@@ -168,8 +170,6 @@ class Drawing:
         """Write the picture as PNG and PDF; return links to them, or "" if that was impossible."""
         import matplotlib.pyplot as plt
 
-        for old in (self.folder / f"{picture.name}.{kind}" for kind in ("png", "pdf")):
-            old.unlink(missing_ok=True)  # of an earlier report: the page would not be about it
         if time.process_time() > self.end:
             return ""
         try:

@@ -73,9 +73,10 @@ stop() {
     echo "Stopped. The same command goes on with the study." || true
     exit 130
 }
+trap '' HUP # of a closed terminal: this script alone hears it, and ends the others as with Ctrl-C
 "$python" check_best_model.py --watch &
 watch=$!
-trap stop INT TERM HUP
+trap stop INT TERM
 for ((rank = 0; rank < workers; rank++)); do
     # With Ctrl-C the terminal signals this script, which then ends the workers.
     device=-1
@@ -90,6 +91,7 @@ for ((rank = 0; rank < workers; rank++)); do
     pids+=("$!")
 done
 
+trap stop HUP
 status=0
 for pid in "${pids[@]}"; do
     wait "$pid" || status=$?

@@ -18,7 +18,7 @@ forward() { # forward SIGNAL: the worker takes no harm from a second one, which 
     [[ -z $worker ]] || kill -"$1" "$worker" 2>/dev/null
 }
 trap 'forward USR1' USR1
-trap 'forward TERM' TERM INT HUP # the last: the terminal was closed
+trap 'forward TERM' TERM INT
 
 script=$1
 shift

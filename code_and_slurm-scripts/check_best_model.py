@@ -45,9 +45,18 @@ from hpo.show.progress import follow
 from hpo.show.report import write_report
 from hpo.show.results import chosen_trial, shown_score, tested
 from hpo.show.trial_table import write_csv
-from hpo.study.opening import open_study
-from hpo.study.trials import attributes, best_trials, count, fail_reasons, without_best
-from hpo.words import cut, one_line, parameters, shown, values, without_password
+from hpo.study.opening import backup_in_use, open_study, stuck
+from hpo.study.trials import (
+    Finalist,
+    attributes,
+    best_searched,
+    best_trials,
+    count,
+    fail_reasons,
+    finalists,
+    without_best,
+)
+from hpo.words import cut, one_line, parameters, shown, values
 
 TOP = 5
 
@@ -60,6 +69,8 @@ def main() -> int:
         print(f"report          {compare(options.compare, settings)}")
         return 0
     study = open_study(settings)
+    if note := backup_in_use(study):
+        print(note)
     try:
         return show(study, settings, options)
     except KeyboardInterrupt:  # ends this program, not the study
@@ -119,9 +130,7 @@ def arguments() -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--watch", action="store_true", help="follow the study until it is done")
-    what.add_argument(
-        "--report", nargs="?", const="", metavar="DIR", help="write a page, and pictures"
-    )
+    what.add_argument("--report", nargs="?", const="", metavar="DIR", help="write a page of it")
     what.add_argument("--csv", metavar="FILE", help="write all trials, and FILE-curves.csv")
     what.add_argument("--compare", nargs="+", metavar="STUDY", help="a page on several studies")
     what.add_argument("--export", metavar="DIR", help="write the best model into a new folder")
@@ -143,8 +152,11 @@ def seeds(text: str) -> int:
 
 def print_state(study: optuna.Study, settings: Settings) -> dict[str, str]:
     """Print how far the study is, what failed, the best trials; return the best one's scores."""
-    print(f"study {study.study_name} in {without_password(settings.study_db)}")
-    print(count(study, settings))
+    print(f"study {study.study_name} in {settings.shown_db}")
+    counts = count(study, settings)
+    print(counts)
+    if text := stuck(study, counts):
+        print(f"  {text}")
     for reason, number in fail_reasons(study.get_trials(deepcopy=False)):
         print(f"  {number} × {cut(reason)}")
     best = best_trials(study)
@@ -153,10 +165,13 @@ def print_state(study: optuna.Study, settings: Settings) -> dict[str, str]:
     elif len(study.directions) > 1:
         print_front(study, best)
     else:
-        print("top five")
-        for trial in best[:TOP]:
-            print_row(trial, shown(trial.values[0]))
-        print(f"best_value  {shown(best[0].values[0])} (trial {best[0].number})")
+        if ranked := finalists(study):
+            print_finalists(ranked, best_searched(study, 1)[0])
+        else:
+            print("top five")
+            for trial in best[:TOP]:
+                print_row(trial, shown(trial.values[0]))
+            print(f"best_value  {shown(best[0].values[0])} (trial {best[0].number})")
         print_params("best_params", best[0])
         return print_test_scores(study, settings, best[0])
     return {}
@@ -164,7 +179,7 @@ def print_state(study: optuna.Study, settings: Settings) -> dict[str, str]:
 
 def print_trial(study: optuna.Study, settings: Settings, trial: FrozenTrial) -> None:
     """Print one trial, and the score of its weights."""
-    print(f"study {study.study_name} in {without_password(settings.study_db)}")
+    print(f"study {study.study_name} in {settings.shown_db}")
     print(f"value       {values(trial.values)} (trial {trial.number})")
     print_params("params", trial)
     print_test_scores(study, settings, trial)
@@ -177,6 +192,21 @@ def print_row(trial: FrozenTrial, numbers: str) -> None:
         f"  trial {trial.number:<5} {numbers}   {parameters(trial.params)}"
         + (f"   ({cut(one_line(more), 60)})" if more else "")
     )
+
+
+def print_finalists(ranked: Sequence[Finalist], single: FrozenTrial) -> None:
+    """Print the means of those that ran with several seeds, and what one run would have said."""
+    print("best mean of several seeds")
+    for finalist in ranked[:TOP]:
+        print_row(finalist.trial, str(finalist))
+    best = ranked[0]
+    numbers = ", ".join(str(run.number) for run in best.runs)
+    print(f"best_value  {best} (mean of trials {numbers})")
+    its = [str(f) for f in ranked if single.number in [run.number for run in f.runs]]
+    mean = f"; its mean is {its[0]}" if its else ""
+    print(f"single best {shown(single.values[0])} (trial {single.number}{mean})")
+    if best.deviation == 0:
+        print("  the runs are alike to the last digit: seed the training with trial.number")
 
 
 def print_params(title: str, trial: FrozenTrial) -> None:

@@ -4,6 +4,9 @@
     python init_optuna_db.py [STUDY_DB] [STUDY_NAME]
     python init_optuna_db.py sqlite:///study.db mnist_hpo
     python init_optuna_db.py --retry-failed     once the bug is mended: failed trials run again
+    python init_optuna_db.py --retry-stuck      where no lease says that their worker has died
+    python init_optuna_db.py --copy-from URL    a study of that name, and its checkpoints, from
+                                                another database; while nobody runs it
 
 Both launch scripts call it.  What is not given comes from the environment (hpo/settings.py).
 You should see:
@@ -17,16 +20,24 @@ never changed.  A study with another objective or direction is refused (exit sta
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from hpo import packages, script
+from hpo.search.known import KNOWN, begin_with, known_for, offered
 from hpo.search.objectives import check_objectives
 from hpo.search.pruners import check_search
-from hpo.settings import Settings, run_script
-from hpo.study.opening import create_or_open_study
+from hpo.search.remembered import plan_of
+from hpo.settings import Settings, UserError, run_script
+from hpo.study.copying import copy_study
+from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.served import forget_dead_server
 from hpo.study.storage import SQLiteStorage
 from hpo.study.trials import count
+from hpo.study.upkeep import LONGEST_SLEEP, return_stuck
+from hpo.values import without_password
+
+USED = ("prepare", KNOWN)  # of the script, which is imported only for them
 
 
 def main() -> int:
@@ -35,14 +46,17 @@ def main() -> int:
     given = {"STUDY_DB": options.study_db, "STUDY_NAME": options.study_name}
     settings = Settings.from_env(**{name: value for name, value in given.items() if value})
     packages.check_optuna()
+    if options.copy_from:
+        print(copy_study(settings, options.copy_from))
+        return 0
     script.check(settings.py_script)
     check_objectives(settings)
     script.check_needs(settings.py_script)
     check_search(settings)
-    if script.defines(settings.py_script, "prepare"):
-        script.load(settings.py_script).need("prepare", "init_optuna_db.py")()
     forget_dead_server(settings)
+    found = prepare(settings)
     study = create_or_open_study(settings)
+    begin_with(study, found)
     storage = storage_of(study)
     if isinstance(storage, SQLiteStorage):
         # Jobs that have left Slurm's queue hold nothing any more; other workers have a grace.
@@ -51,12 +65,32 @@ def main() -> int:
         if options.retry_failed:
             numbers = storage.retry_failed(study_id(study))
             print(f"{len(numbers)} failed trials go back to the queue")
+    if options.retry_stuck:
+        seconds = max(settings.lease_grace, 3 * LONGEST_SLEEP)
+        print(f"looking for a sign of life, {seconds:.0f} s …", flush=True)
+        print(f"{len(return_stuck(study, seconds))} stuck trials go back to the queue")
     counts = count(study, settings)
     print(
-        f"study {study.study_name} is ready in {settings.study_db} "
+        f"study {study.study_name} is ready in {settings.shown_db} "
         f"({counts.total - counts.left + counts.running + counts.waiting} of {counts.total} trials)"
     )
+    if text := stuck(study, counts):
+        print(text)
     return 0
+
+
+def prepare(settings: Settings) -> list[dict[str, Any]]:
+    """Let the script prepare its data; return what its study begins with (hpo/search/known.py)."""
+    known = settings.known_good or settings.from_study
+    if not known and not any(script.defines(settings.py_script, name) for name in USED):
+        return []
+    loaded = script.load(settings.py_script)
+    if loaded.offers("prepare"):
+        loaded.need("prepare", "init_optuna_db.py")()
+    if not offered(settings, loaded):
+        return []
+    with script.as_if_launched(settings.py_script):
+        return known_for(settings, loaded, plan_of(settings, loaded))
 
 
 def arguments() -> argparse.Namespace:
@@ -70,7 +104,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--retry-failed", action="store_true", help="put the failed trials back into the queue"
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--retry-stuck",
+        action="store_true",
+        help="put the running trials back that show no sign of life for a while",
+    )
+    parser.add_argument("--copy-from", metavar="URL", help="copy the study from that database")
+    options = parser.parse_args()
+    for url in filter(None, (options.study_db, options.copy_from)):
+        if without_password(url) != url:
+            raise UserError(
+                "everybody sees the password in the list of processes: set it in the environment, "
+                "STUDY_DB=… (of PostgreSQL also in ~/.pgpass), in place of an argument"
+            )
+    return options
 
 
 if __name__ == "__main__":

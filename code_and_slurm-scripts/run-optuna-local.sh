@@ -19,7 +19,7 @@ export STUDY_DB="${STUDY_DB:-sqlite:///study.db}" # relative to this folder
 export STUDY_NAME="${STUDY_NAME:-mnist_hpo}"
 export TOTAL_TRIALS="${TOTAL_TRIALS:-8}" # in the whole study, over all runs
 export SAMPLER="${SAMPLER:-tpe}"         # see README.txt
-export PRUNER="${PRUNER:-median}"
+export PRUNER="${PRUNER:-halving}"
 export SEED="${SEED-6}" # the same first trials on every machine; empty: never the same
 # ---------------------------------------
 

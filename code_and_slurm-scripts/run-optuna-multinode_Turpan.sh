@@ -50,13 +50,15 @@
 set -euo pipefail
 
 # ---------- USER CONFIG: EDIT ----------
-CONTAINER="${CONTAINER:-/work/conteneurs/sessions-interactives/pytorch-24.02-py3-calmip-si.sif}"
+# module load …                            # elsewhere than on Turpan: OTHER_SITE.txt
+CONTAINER="${CONTAINER-/work/conteneurs/sessions-interactives/pytorch-24.02-py3-calmip-si.sif}"
+BINDS="${BINDS-/tmpdir,/work}"             # folders that the container shall see, beside HOME
 PY_SCRIPT="${PY_SCRIPT:-optuna_mnist.py}"  # the script with your objective, in this folder
 STUDY_DB="${STUDY_DB:-sqlite:///study.db}" # relative to this folder
 STUDY_NAME="${STUDY_NAME:-mnist_hpo}"
 TOTAL_TRIALS="${TOTAL_TRIALS:-500}" # in the whole study, over all workers and all jobs
 SAMPLER="${SAMPLER:-tpe}"           # see README.txt
-PRUNER="${PRUNER:-median}"
+PRUNER="${PRUNER:-halving}"
 # ---------------------------------------
 
 # sbatch runs a copy of this script, so the bundle is where the job was submitted, not at $0.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from common import SCRIPTS, SETTINGS, Run
 from hpo.settings import forget
+from hpo.study.engines.postgresql import PostgreSQL
+from postgresql_server import PostgreSQLServer, wanted
+from storage_helpers import make_study
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +36,29 @@ def own_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STUDY_DB", f"sqlite:///{tmp_path}/study.db")
     monkeypatch.setenv("TRAIN_IMAGES", "1000")
     return tmp_path / "study.db"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[PostgreSQLServer]:
+    """Start a PostgreSQL server; its database `study` has the tables."""
+    if why := wanted():
+        pytest.skip(why)
+    server = PostgreSQLServer(Path("/tmp") / f"pg-{os.getpid()}")
+    PostgreSQL(server.empty("study")).close()
+    yield server
+    server.stop()
+    shutil.rmtree(server.folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Give the test a new study on each engine: study.db, or study.url with a server's URL."""
+    if request.param == "sqlite":
+        yield make_study(tmp_path)
+        return
+    server: PostgreSQLServer = request.getfixturevalue("server")
+    (tmp_path / "study.url").write_text(server.with_study("study"))
+    yield tmp_path / "study.url"
 
 
 @pytest.fixture

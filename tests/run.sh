@@ -15,11 +15,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source code_and_slurm-scripts/hpo/job/venv.sh
 
 # What depends on the versions of Python, torch or the packages; all else is the same with both.
-of_versions=(tests/test_{capture,check_best_model,check_script,checkpoint,ddp,gpu,huggingface}.py
-    tests/test_{optuna_mnist,optuna_t5,plain_training,report,samplers,script,settings,space}.py
-    tests/test_{sqlite_storage,training,trial_cache,worker}.py)
-# Files beside each other, one per core: most tests wait for processes.
-parallel=(--numprocesses=auto --maxprocesses=4 --dist=loadfile)
+of_versions=(tests/test_{capture,checkpoint,ddp,gpu,huggingface,optuna_llm,optuna_mnist}.py
+    tests/test_{optuna_t5,plain_training,report,script,settings,space,sqlite_storage,training,worker}.py
+    tests/test_check_script.py::test_the_example_passes)
+# Four files beside each other, also on two cores: most tests wait for processes.
+parallel=(--numprocesses=4 --dist=loadfile)
 environment=${1:-new}
 shift || true
 environments=("$environment")

@@ -16,7 +16,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState
 
 import optuna_mnist
@@ -215,7 +215,7 @@ def test_live_view_of_many_workers_in_a_small_terminal(study: optuna.Study) -> N
 
 def test_time_left_is_that_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
     start = datetime(2026, 3, 1, 12)
-    four = {"epochs": CategoricalDistribution([4])}
+    four: dict[str, BaseDistribution] = {"epochs": CategoricalDistribution([4])}
     running = [
         optuna.create_trial(
             state=RUNNING, params={"epochs": 4}, distributions=four, intermediate_values={0: 1.0}

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import check_cluster
-from check_cluster import BAD, OK, REMARK, Facts
+from check_cluster import BAD, OK, REMARK
 from common import SCRIPTS, Run
 from fake_cuda import FakeCuda
 from hpo import gpu
+from hpo.job.meeting import Facts, Meeting
+from hpo.settings import forget
 
 
 def start(rank: int, tasks: int, **env: str) -> subprocess.Popen[str]:
@@ -116,16 +118,66 @@ def test_packages() -> None:
 def test_folder_data_and_disk() -> None:
     assert check_cluster.shared_folder({0: facts(), 1: facts(folder=2)}, 2).mark == BAD
     missing = check_cluster.shared_folder({0: facts()}, 2)
-    assert (missing.mark, "tasks [1] were not seen" in missing.found) == (BAD, True)
+    assert (missing.mark, "tasks [1] have not come" in missing.found) == (BAD, True)
     row = check_cluster.data({0: facts(data="x.gz is damaged")})
     assert (row.mark, row.cure) == (BAD, "x.gz is damaged")
     assert check_cluster.disk({0: facts(), 1: facts(free=10**6)}).mark == BAD
 
 
 def test_counter_that_loses_increments_is_found(tmp_path: Path) -> None:
-    meeting = check_cluster.Meeting(tmp_path / "meeting", 0, 1)
-    assert check_cluster.counter(meeting).mark == OK
+    meeting = Meeting(tmp_path / "meeting", 0, 1)
+    assert check_cluster.counter(meeting, {0: facts()}).mark == OK
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check_cluster, "increment", lambda path: None)
-        other = check_cluster.Meeting(tmp_path / "other", 0, 1)
-        assert check_cluster.counter(other).found.startswith("0 of 25")
+        patch.setattr(check_cluster, "increment", lambda path: 25)
+        other = Meeting(tmp_path / "other", 0, 1)
+        row = check_cluster.counter(other, {0: facts()})
+        assert row.found == "0 of 25 increments by 1 tasks arrived; the nodes' file caches differ"
+
+
+def test_slow_is_not_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer increments, a task that has not finished, and one that comes too late."""
+    monkeypatch.setattr(check_cluster, "COUNT_SECONDS", 0.0)
+    row = check_cluster.counter(Meeting(tmp_path / "slow", 0, 1), {0: facts()})
+    assert (row.mark, row.found) == (
+        OK,
+        "1 of 1 increments by 1 tasks arrived; slow: no more in 0 s",
+    )
+
+    monkeypatch.setattr("hpo.job.meeting.PATIENCE", 0.1)
+    both = {0: facts(), 1: facts(host="b")}
+    for check in (check_cluster.locks, check_cluster.counter):
+        row = check(Meeting(tmp_path / check.__name__, 0, 2), both)
+        assert row.mark == BAD
+        assert row.found == "not finished within 60 s by tasks [1] on b: slow, not broken"
+        assert "served by one process" in row.cure
+
+
+def test_a_task_that_comes_too_late_is_told_so(
+    own_study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the folder is there as long as it may be at work in it."""
+    monkeypatch.setattr(check_cluster, "ARRIVAL", 0.1)
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_USER": "ann", "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert check_cluster.main() == 1
+    said = capsys.readouterr()
+    assert "tasks [1] have not come within 0 s" in said.out
+    assert "sbatch --exclude=NODE" in said.out
+    assert own_study.with_name(".check_cluster-7@ann").exists()
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    forget()
+    assert check_cluster.main() == 0
+    said = capsys.readouterr()
+    assert "task 1 on" in said.err
+    assert "came after the others had waited" in said.err
+    assert list(own_study.parent.iterdir()) == []
+
+
+def test_a_task_that_sees_another_folder_says_so(
+    own_study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check_cluster, "ARRIVAL", 0.1)
+    for name, value in {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert check_cluster.main() == 0
+    assert f"met only tasks [1] in {own_study.parent}" in capsys.readouterr().err

@@ -43,10 +43,10 @@ for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
 [[ -n $output ]] || cat "$RECORD.out"
 exit ${status:-0}
 """
-SQUEUE = """#!/bin/bash
+SQUEUE = r"""#!/bin/bash
 # Stands for squeue: this job is the user's only one.
-[[ $* == *--format=%A* ]] && echo "$SLURM_JOB_ID"
-[[ $* == *"--format=%l %D %P %o"* ]] && echo "10:00 2 small $SLURM_SUBMIT_DIR/my-job.sh"
+[[ $* == *--format=%A ]] && echo "$SLURM_JOB_ID"
+[[ $* == *--format=%A\|%o* ]] && echo "4711|$SLURM_SUBMIT_DIR/my-job.sh|10:00|2|small|"
 [[ $* == *--format=%e* ]] && date --date="${JOB_ENDS_IN:-600} seconds" +%Y-%m-%dT%H:%M:%S
 exit 0
 """
@@ -125,7 +125,7 @@ def test_four_workers_run_the_study_and_the_log_ends_with_the_best_model(job: Pa
     assert len(trials) == 5
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
     call = (job.parent.parent / "srun.log").read_text()
-    assert "--ntasks=4 --cpus-per-task=40 --kill-on-bad-exit=0 --wait=0" in call
+    assert "--export=ALL --ntasks=4 --cpus-per-task=40 --kill-on-bad-exit=0 --wait=0" in call
 
 
 def test_submitted_from_the_folder_above(job: Path) -> None:
@@ -151,10 +151,7 @@ def test_status_of_srun_is_kept_and_the_report_printed(job: Path) -> None:
         ({"SLURM_SUBMIT_DIR": "/tmp"}, "submitted from /tmp, which is not the bundle"),
         ({"CONTAINER": "/work/none.sif"}, "the image CONTAINER=/work/none.sif does not exist"),
         ({"PY_SCRIPT": "other.py"}, "PY_SCRIPT=other.py is not in"),
-        (
-            {"REAL_PYTHON": "/bin/false"},
-            "pip install --user -c image.txt -r requirements-container.txt",
-        ),
+        ({"REAL_PYTHON": "/bin/false"}, "Python does not start (status 1"),
     ],
 )
 def test_mistakes_end_the_job_at_once(job: Path, env: dict[str, str], says: str) -> None:
@@ -195,8 +192,8 @@ def test_job_out_of_time_says_how_to_go_on_and_submits_its_successor(job: Path) 
     record = job.parent.parent / "srun.log"
     assert "sbatch" not in record.read_text()  # nobody is billed by surprise
     sbatch(job, **few, CHAIN_JOBS="2")
-    options = f"--time=10:00 --nodes=2 --partition=small {job}/my-job.sh"
-    assert f"sbatch {options} CHAIN_JOBS=1 TOTAL_TRIALS=400" in record.read_text()
+    options = "--export=ALL --time=10:00 --nodes=2 --partition=small --ntasks=2 --cpus-per-task=40"
+    assert f"sbatch {options} {job}/my-job.sh CHAIN_JOBS=1 TOTAL_TRIALS=400" in record.read_text()
 
 
 def test_signal_from_slurm_drains_the_workers(job: Path) -> None:
@@ -237,7 +234,7 @@ def test_estimate_needs_no_job(job: Path) -> None:
     assert "500 trials left" in result.stdout
     assert "2 (small), 4 tasks, 4 workers" in result.stdout
     assert "assumed: none finished" in result.stdout
-    assert "(160 cores)" in result.stdout
+    assert "asked for    about" in result.stdout  # of Turpan's bill: tests/test_job.py
     assert not (job / "study.db").exists()
 
 
@@ -248,10 +245,29 @@ def test_dead_worker_is_started_again_three_times(tmp_path: Path) -> None:
     result = subprocess.run(["bash", str(keeper), str(worker), "bash"], capture_output=True)
     assert result.returncode == 137
     assert (tmp_path / "starts").read_text() == "x\n" * 4
-    for status in (0, 1, 2):
+    for status in (0, 1, 2, 74):  # 74: interrupted, since its job ends
         worker.write_text(f"echo x >>{tmp_path}/{status}; exit {status}")
-        assert subprocess.run(["bash", str(keeper), str(worker), "bash"]).returncode == status
+        ended = subprocess.run(["bash", str(keeper), str(worker), "bash"]).returncode
+        assert ended == (0 if status == 74 else status)
         assert (tmp_path / str(status)).read_text() == "x\n"
+
+
+def test_a_worker_whose_file_server_is_away_is_waited_for(tmp_path: Path) -> None:
+    """Its script cannot be read, and it ends with Python's status 2: no mistake, for once."""
+    worker = tmp_path / "worker.sh"
+    worker.write_text(f"""
+        echo x >>{tmp_path}/starts
+        [[ ! -e {tmp_path}/was_away ]] || exit 0
+        touch {tmp_path}/was_away
+        mv {worker} {worker}.away
+        (sleep 1; mv {worker}.away {worker}) >/dev/null 2>&1 &
+        exit 2
+    """)
+    keeper = BUNDLE / "code_and_slurm-scripts" / "hpo" / "job" / "keep_running.sh"
+    result = subprocess.run(["bash", str(keeper), str(worker), "bash"], capture_output=True)
+    assert result.returncode == 0
+    assert b"waiting for the file server" in result.stderr
+    assert (tmp_path / "starts").read_text() == "x\nx\n"
 
 
 @pytest.fixture
@@ -409,3 +425,49 @@ def test_installation_is_mended_and_needs_a_network(tmp_path: Path) -> None:
         assert done.returncode == status, done.stderr
         assert said in done.stderr
         assert len(done.stderr.splitlines()) == bool(said)
+
+
+SERVER = """#!/bin/bash
+# Stands for the container with the server: dies at first, then serves until SIGTERM.
+echo "$*" >>"$RECORD"
+[[ $(wc -l <"$RECORD") -gt 1 ]] || exit 3
+trap 'echo stopped >>"$RECORD"; exit 0' TERM
+touch study.db.server
+while true; do sleep 0.1; done
+"""
+SERVE = """
+set -euo pipefail
+scripts=$PWD logs=$PWD/../logs tasks=4 WORKERS_PER_GPU=2 STUDY_DB=sqlite:///$PWD/study.db
+source hpo/job/job.sh
+run_python=("$SERVER")
+on_every_gpu() { :; }
+serve_study
+run_workers
+[[ ! -e study.db.server ]] && echo "status $status"
+run_python=(false)
+serve_study
+"""
+
+
+def test_the_server_knows_the_nodes_and_its_death_is_one_line(job: Path) -> None:
+    tools = job.parent.parent / "bin"
+    for name, text in (("server", SERVER), ("scontrol", "#!/bin/bash\nprintf 'n1\\nn2\\n'\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", SERVE],
+        cwd=job,
+        env={**os.environ, "SERVER": str(tools / "server"), "PY_SCRIPT": "my.py"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    call = "-m hpo.study.server 8 n1 n2\n"
+    assert Path(os.environ["RECORD"]).read_text() == f"{call}{call}stopped\n"
+    died = "the study's server died with status"
+    lines = [line for line in done.stdout.splitlines() if "serves the study" not in line]
+    assert lines[:2] == [f"{died} 3: starting it again (1 of 3)", "status 0"]
+    assert lines[2:5] == [f"{died} 1: starting it again ({number} of 3)" for number in (1, 2, 3)]
+    assert lines[5].startswith("the study's server died 4 times in a row (status 1): giving up;")
+    assert done.stderr.startswith("error: the server has not started: tail ")
+    assert done.returncode == 2

@@ -205,7 +205,7 @@ def test_hopeless_trial_is_pruned_and_leaves_nothing(study: optuna.Study, run: R
             )
         )
     study.enqueue_trial({**SMALL, "lr": 1e-4})
-    result = run("optuna_mnist.py", TOTAL_TRIALS="7")
+    result = run("optuna_mnist.py", TOTAL_TRIALS="7", PRUNER="median")
     assert result.returncode == 0, result.stdout + result.stderr
     pruned = study.get_trials()[6]
     assert pruned.state == TrialState.PRUNED

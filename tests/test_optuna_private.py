@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import optuna
 import pytest
 from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import create_trial
 
-from common import Run
 from hpo import packages
 from hpo.settings import Settings, UserError
 from hpo.study import optuna_private
@@ -42,9 +44,25 @@ def test_a_frozen_study_is_made_as_storages_make_it() -> None:
     assert made.directions == [StudyDirection.MAXIMIZE]
 
 
-def test_the_server_of_a_storage_starts_and_stops() -> None:
-    server = optuna_private.make_server(InMemoryStorage(), "localhost", 0, 1)
+def test_a_server_answers_a_proxy_that_makes_its_own_calls() -> None:
+    calls: list[str] = []
+
+    class Proxy(optuna_private.ProxyOfChannel):
+        def open_channel(self) -> grpc.Channel:
+            return grpc.insecure_channel(f"{self._host}:{self._port}")
+
+        def call(self, method: Any, request: Any) -> Any:
+            calls.append(type(request).__name__)
+            return method(request)
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    optuna_private.add_storage(server, InMemoryStorage())
+    port = server.add_insecure_port("127.0.0.1:0")
     server.start()
+    study = optuna.create_study(storage=Proxy(host="127.0.0.1", port=port))
+    study.tell(study.ask(), 2.0)
+    assert (study.best_value, len(study.trials)) == (2.0, 1)
+    assert {"CreateNewStudyRequest", "CreateNewTrialRequest", "GetTrialsRequest"} <= set(calls)
     assert server.stop(grace=0).wait(10)
 
 
@@ -57,7 +75,7 @@ def test_another_optuna_is_refused_before_a_trial(
     assert not own_study.exists()
 
 
-def test_the_batch_script_can_ask(run: Run) -> None:
-    """Python -m hpo.packages, with the Optuna that is installed here: the tested one."""
+def test_the_optuna_that_is_installed_here_is_the_tested_one() -> None:
+    """So begins a job, too: python -m hpo.job.begin."""
     assert packages.version_of("optuna") == optuna.__version__
     packages.check_optuna()

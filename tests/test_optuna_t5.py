@@ -338,7 +338,7 @@ def test_hopeless_trial_is_pruned(study: optuna.Study, run: Run) -> None:
                 intermediate_values=dict.fromkeys(range(9), 0.0),
             )
         )
-    result = run("optuna_t5.py", TOTAL_TRIALS="7")
+    result = run("optuna_t5.py", TOTAL_TRIALS="7", PRUNER="median")
     assert result.returncode == 0, result.stdout + result.stderr
     pruned = study.get_trials()[6]
     assert pruned.state == TrialState.PRUNED

@@ -1,4 +1,4 @@
-"""The same worker on a real PostgreSQL server, through Optuna's own storage."""
+"""Workers on a real PostgreSQL server: what happens to it, to them, and to what people type."""
 
 from __future__ import annotations
 
@@ -7,63 +7,48 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from common import HELPERS, SCRIPTS, Run
-from hpo.settings import Settings
-from hpo.study.opening import open_study
+from hpo import settings as settings_module
+from hpo.settings import Settings, UserError
+from hpo.show import facts
+from hpo.study import copying
+from hpo.study.engines import EngineError, postgresql
+from hpo.study.engines.postgresql import PostgreSQL
+from hpo.study.held import LeaseLost, NoTrialLeft
+from hpo.study.opening import create_or_open_study, open_study
+from hpo.study.storage import SQLiteStorage
+from hpo.study.trials import count
+from postgresql_server import PostgreSQLServer, ask
+from storage_helpers import NAME, fork, make_study, storage_of, suggest, train, wait, work
+from storage_helpers import open_study as open_path
 
 OBJECTIVE = HELPERS / "objective_for_tests.py"
-PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # where Debian puts them
-WORKERS = 4
+SECRET = "s3cr%40t"  # as it stands in a URL
 
 
-@pytest.fixture(scope="session")
-def socket_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Start a server that listens on a socket file only; yield the folder of that file."""
-    if not PROGRAMS or os.geteuid():
-        assert "CI" not in os.environ, "CI must have PostgreSQL, and be root"
-        pytest.skip("needs Debian's package postgresql, and root to start it as its own user")
-    folder = Path("/tmp") / f"pg-{os.getpid()}"  # the path of a socket must be short
-    folder.mkdir(mode=0o755)
-    shutil.chown(folder, "postgres")
-    as_user: list[str | Path] = [
-        "setpriv",
-        "--reuid=postgres",
-        "--regid=postgres",
-        "--clear-groups",
-    ]
-    data, bin_ = folder / "data", PROGRAMS[-1]
-    subprocess.run(
-        [*as_user, bin_ / "initdb", "-E", "UTF8", "-D", data, "-A", "trust"], check=True, cwd="/"
-    )
-    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
-    server: list[str | Path] = [*as_user, bin_ / "pg_ctl", "-D", data, "-w", "-l", folder / "log"]
-    subprocess.run([*server, "-o", options, "start"], check=True, cwd="/")
-    yield folder
-    subprocess.run([*server, "-m", "immediate", "stop"], check=True, cwd="/")
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(autouse=True)
-def database(socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the test an empty database."""
-    for action in ("dropdb --force --if-exists", "createdb"):
-        command: list[str | Path] = [
-            PROGRAMS[-1] / action.split()[0],
-            *action.split()[1:],
-            "-h",
-            socket_folder,
-        ]
-        subprocess.run([*command, "-U", "postgres", "study"], check=True)
-    url = f"postgresql+psycopg2://postgres@/study?host={socket_folder}"
+@pytest.fixture
+def url(server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Give the test an empty database; remove what a study leaves beside the scripts."""
+    server.empty("bare")
+    url = server.url("bare", f"postgres:{SECRET}")
     monkeypatch.setenv("STUDY_DB", url)
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
     monkeypatch.setenv("PY_SCRIPT", str(OBJECTIVE))
+    settings = Settings.from_env(STUDY_DB=url)
+    yield url
+    shutil.rmtree(settings.checkpoints.parent, ignore_errors=True)
+    if settings.backup_path:
+        settings.backup_path.unlink(missing_ok=True)
 
 
 def start(rank: int, **env: str) -> subprocess.Popen[str]:
@@ -77,45 +62,398 @@ def start(rank: int, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def test_four_workers_share_a_study(run: Run) -> None:
-    assert run("init_optuna_db.py").returncode == 0
-    workers = [start(rank, TOTAL_TRIALS="20", BEHAVIOUR="slow") for rank in range(WORKERS)]
+def facts_of(trials: list[FrozenTrial]) -> list[Any]:
+    """All but the id in the database, where numbers may be left out."""
+    return [{k: v for k, v in vars(trial).items() if k != "_trial_id"} for trial in trials]
+
+
+def states(url: str) -> Counter[str]:
+    return Counter(state for (state,) in ask(url, "SELECT state::text FROM trials"))
+
+
+# ---- workers -------------------------------------------------------------------------------
+
+
+def test_workers_go_on_after_a_restart_and_a_kill_and_leave_a_backup(
+    url: str, run: Run, server: PostgreSQLServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = run("init_optuna_db.py", TOTAL_TRIALS="30")
+    assert said.returncode == 0, said.stderr
+    env = {"TOTAL_TRIALS": "30", "BEHAVIOUR": "slow", "LEASE_GRACE": "6"}
+    workers = [start(rank, **env) for rank in range(3)]
+    while states(url)["COMPLETE"] < 4:
+        assert workers[0].poll() is None
+        time.sleep(0.05)
+    server.stop()  # as a crash does
+    workers[2].kill()
+    time.sleep(1)
+    server.start()
     output = [worker.communicate(timeout=120)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * WORKERS, output
-    trials = open_study(Settings.from_env()).get_trials()
-    # README says so: with a server, the last trials may be too many by one per worker.
-    assert 20 <= len(trials) < 20 + WORKERS
-    assert [trial.number for trial in trials] == list(range(len(trials)))
-    assert all(trial.state.is_finished() for trial in trials)
+    assert [worker.returncode for worker in workers] == [0, 0, -9], output
+    assert "Traceback" not in "".join(output)
+    settings = Settings.from_env(STUDY_DB=url)
+    trials = open_study(settings).get_trials()
+    assert [trial.number for trial in trials] == list(range(30))
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    assert settings.backup_path
+    copied = open_study(Settings.from_env(STUDY_DB=f"sqlite:///{settings.backup_path}"))
+    assert facts_of(copied.get_trials()) == facts_of(trials)
+    _check_no_password(said.stdout + "".join(output), url, capsys)
 
 
-def test_stopped_worker_returns_its_trial_and_the_next_one_finishes_it(run: Run) -> None:
-    assert run("init_optuna_db.py").returncode == 0
+def _check_no_password(said: str, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what a study on that server shows to people."""
+    settings = Settings.from_env(STUDY_DB=url)
+    said += str(facts(open_study(settings), settings, ["value"]))
+    settings_module.print_table()
+    sys.argv, before = ["settings", "given"], sys.argv
+    settings_module.print_table()
+    sys.argv = before
+    said += capsys.readouterr().out
+    assert said.count("postgres:***@/") >= 4
+    assert not [word for word in (SECRET, "s3cr@t") if word in said]
+
+
+def test_stopped_worker_returns_its_trial_and_the_next_one_finishes_it(url: str) -> None:
     worker = start(0, BEHAVIOUR="usr1", TOTAL_TRIALS="4")
     output = worker.communicate(timeout=60)[0]
     assert worker.returncode == 0, output
-    study = open_study(Settings.from_env())
+    study = open_study(Settings.from_env(STUDY_DB=url))
     returned = study.get_trials()[2]
     assert returned.state == TrialState.WAITING
-    assert start(0, TOTAL_TRIALS="4").wait(timeout=60) == 0
-    assert study.get_trials()[2].params == returned.params
-    assert all(trial.state.is_finished() for trial in study.get_trials())
-
-
-def test_server_that_does_not_answer_is_one_line(run: Run) -> None:
-    url = "postgresql+psycopg2://postgres@127.0.0.1:9/study"
-    result = run("init_optuna_db.py", STUDY_DB=url)
-    assert result.returncode == 2
-    assert "cannot be opened" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_interrupt_during_a_trial(run: Run) -> None:
-    assert run("init_optuna_db.py").returncode == 0
-    worker = start(0, BEHAVIOUR="sleep", TOTAL_TRIALS="1")
-    study = open_study(Settings.from_env())
-    while not study.get_trials():
+    worker = start(0, BEHAVIOUR="sleep", TOTAL_TRIALS="4")
+    while study.get_trials()[2].state != TrialState.RUNNING:
         assert worker.poll() is None
+        time.sleep(0.05)
     worker.send_signal(signal.SIGTERM)
     worker.communicate(timeout=60)
-    assert [trial.state for trial in study.get_trials()] == [TrialState.WAITING]
+    trial = study.get_trials()[2]
+    assert (trial.state, trial.params) == (TrialState.WAITING, returned.params)
+
+
+# ---- the storage ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(server: PostgreSQLServer, tmp_path: Path) -> Path:
+    (tmp_path / "study.url").write_text(server.with_study("study"))
+    return tmp_path / "study.url"
+
+
+def test_a_server_that_is_away(path: Path, server: PostgreSQLServer) -> None:
+    study = open_path(path, timeout=0.4)
+    trial = study.ask()
+    suggest(trial)
+    server.stop()
+    with pytest.raises(EngineError, match="has been away for 0 s"):
+        trial.report(1.0, 0)
+    with pytest.raises(EngineError, match="has been away"):
+        study.get_trials()
+    server.start()
+    trial.report(1.0, 0)  # the same call once more
+    server.stop("fast")
+    server.start()
+    study.tell(trial, 2.0)
+    (frozen,) = study.get_trials()
+    assert (frozen.intermediate_values, frozen.value) == ({0: 1.0}, 2.0)
+
+
+def test_a_connection_lost_inside_a_transaction_changes_nothing(
+    path: Path, server: PostgreSQLServer
+) -> None:
+    storage = storage_of(open_path(path))
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'optuna'"
+
+    def rename() -> None:
+        with storage.file.write() as db:
+            db.execute("UPDATE studies SET study_name = 'other'")
+            server.sql("postgres", end)
+            db.execute("UPDATE studies SET study_name = 'another'")
+
+    with pytest.raises(EngineError, match=r"postgresql://postgres@"):
+        rename()
+    assert [study.study_name for study in storage.get_all_studies()] == [NAME]
+
+
+def test_both_drivers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgresql, "DRIVERS", ("psycopg2",))
+    study = open_path(path, total_trials=2)
+    assert storage_of(study).file._driver.__name__ == "psycopg2"  # type: ignore[attr-defined]
+    for _ in range(2):
+        trial = study.ask()
+        study.tell(trial, train(trial))
+    with pytest.raises(NoTrialLeft):
+        study.ask()
+    monkeypatch.setattr(postgresql, "DRIVERS", ("psycopg",))
+    assert repr(open_path(path).get_trials()) == repr(study.get_trials())
+    monkeypatch.setattr(postgresql, "DRIVERS", ())
+    with pytest.raises(UserError, match="is libpq missing"):
+        open_path(path)
+
+
+def _count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that each statement is appended to before it is executed."""
+    seen: list[str] = []
+    execute = postgresql._Cursor.__init__
+
+    def noted(self: Any, connection: Any, sql: str, args: Any) -> None:
+        seen.append(sql)
+        execute(self, connection, sql, args)
+
+    monkeypatch.setattr(postgresql._Cursor, "__init__", noted)
+    return seen
+
+
+def test_statements_of_a_trial(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = open_path(path)
+    study.pruner = optuna.pruners.MedianPruner()
+    for _ in range(3):
+        trial = study.ask()
+        study.tell(trial, train(trial))
+    seen = _count(monkeypatch)
+    trial = study.ask()
+    study.tell(trial, train(trial))
+    assert seen.count("COMMIT") == 6
+    assert len(seen) < 45
+
+
+# ---- a process that dies -------------------------------------------------------------------
+
+
+def _life(path: Path) -> None:
+    """Claim, report, return, claim again and finish; then lose a trial to another."""
+    study = open_path(path, os.getpid(), total_trials=2, job_id="7", grace=0.0)
+    storage = storage_of(study)
+    trial = study.ask()
+    suggest(trial)
+    trial.report(trial.params["lr"], 0)
+    storage.return_trial(trial._trial_id, crashed=False)
+    study.tell(again := study.ask(), train(again))
+    second = study.ask()
+    storage.return_stale_trials(study._study_id)
+    storage.return_stale_trials(study._study_id)
+    with pytest.raises(LeaseLost):
+        study.tell(second, 0.0)
+    study.tell(again := study.ask(), train(again))
+
+
+def _die_at(path: Path, k: int) -> None:
+    """End before the k-th COMMIT, or right after it for the odd ones."""
+    execute, seen = postgresql._Cursor.__init__, 0
+
+    def counted(self: Any, connection: Any, sql: str, args: Any) -> None:
+        nonlocal seen
+        seen += sql == "COMMIT"
+        if seen > k // 2 and not k % 2:
+            os._exit(42)
+        execute(self, connection, sql, args)
+        if seen > k // 2:
+            os._exit(42)
+
+    postgresql._Cursor.__init__ = counted  # type: ignore[method-assign]
+    _life(path)
+    os._exit(43)  # there were fewer
+
+
+def test_crash_points_are_legal_and_a_restart_finishes(path: Path) -> None:
+    """Between two COMMITs a death is the server's ROLLBACK: before and after each is enough."""
+    for k in range(100):
+        ask(path.read_text(), "TRUNCATE trials RESTART IDENTITY CASCADE")
+        (end,) = wait([fork(_die_at, path, k)])
+        rows = ask(path.read_text(), "SELECT number, state::text, owner, (SELECT count(*) FROM "
+                   "trial_params p WHERE p.trial_id = t.trial_id) FROM trials t LEFT JOIN leases "
+                   "USING (trial_id) ORDER BY 1")  # fmt: skip
+        assert [row[0] for row in rows] == list(range(len(rows)))
+        for _, state, owner, params in rows:
+            assert (owner is not None) == (state == "RUNNING")  # never one alone
+            assert params in (0, 8)
+        study = open_path(path, "init", job_id="8")
+        storage_of(study).return_stale_trials(study._study_id, alive_jobs=set())
+        assert wait([fork(work, path, 0, 2, grace=60)]) == [0]
+        assert states(path.read_text()) == {"COMPLETE": 2}
+        if end == 43:
+            break
+    assert k > 20
+
+
+def _freeze(path: Path, ready: int) -> None:
+    with storage_of(open_path(path)).file.write() as db:
+        db.execute("SELECT 1 FROM studies FOR UPDATE")
+        os.write(ready, b"x")
+        os.kill(os.getpid(), signal.SIGSTOP)
+        db.execute("SELECT 1")
+
+
+def test_a_worker_frozen_in_a_claim_holds_up_nobody_for_long(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgresql, "SESSION", postgresql.SESSION.replace("'20s'", "'1s'"))
+    read, ready = os.pipe()
+    frozen = fork(_freeze, path, ready, stderr=path.parent / "errors")
+    os.read(read, 1)
+    assert open_path(path).ask().number == 0  # waits until the server has ended its transaction
+    os.kill(frozen, signal.SIGCONT)
+    assert wait([frozen]) == [1]
+    assert "idle-in-transaction timeout" in (path.parent / "errors").read_text()
+
+
+# ---- copies --------------------------------------------------------------------------------
+
+
+def test_a_study_is_copied_there_and_back(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUDY_NAME", NAME)
+    monkeypatch.setenv("LEASE_GRACE", "1")
+    file = make_study(tmp_path)
+    study = open_path(file, max_attempts=9)
+    study.set_user_attr("note", {"a": [1, None]})
+    study.tell(trial := study.ask(), train(trial))
+    study.tell(study.ask(), float("inf"))
+    storage_of(study).return_trial(study.ask()._trial_id, crashed=True)
+    study.enqueue_trial({"lr": 1e-3})
+    here = Settings.from_env(STUDY_DB=f"sqlite:///{file}")
+    here.checkpoints.mkdir(parents=True)
+    (here.checkpoints / "trial-00000.weights.pt").write_text("weights")
+    there = Settings.from_env(STUDY_DB=url)
+    assert "4 trials copied from sqlite:////" in copying.copy_study(there, here.study_db)
+    assert (there.checkpoints / "trial-00000.weights.pt").read_text() == "weights"
+    back = Settings.from_env(STUDY_DB=f"sqlite:///{tmp_path}/back.db")
+    assert "postgres:***@" in copying.copy_study(back, url)
+    trials = open_path(tmp_path / "back.db").get_trials()
+    assert facts_of(trials) == facts_of(study.get_trials())
+    assert open_study(there).user_attrs == study.user_attrs
+    rows = "SELECT number, attempts FROM leases JOIN trials USING (trial_id)"
+    assert ask(url, rows) == [(2, 1)]
+    with pytest.raises(UserError, match="has a study 'study' already: nothing was copied"):
+        copying.copy_study(there, here.study_db)
+    with pytest.raises(UserError, match="are the same"):
+        copying.copy_study(there, url)
+
+
+def test_a_study_that_runs_is_not_copied(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUDY_NAME", NAME)
+    file = make_study(tmp_path)
+    study = open_path(file)
+    trial = study.ask()
+    source = Settings.from_env(STUDY_DB=f"sqlite:///{file}")
+    target = Settings.from_env(STUDY_DB=url)
+    monkeypatch.setattr(time, "sleep", lambda _: storage_of(study).renew_lease(trial._trial_id))
+    with pytest.raises(UserError, match="somebody runs the study in sqlite:"):
+        copying.copy_study(target, source.study_db)
+    assert ask(url, "SELECT to_regclass('trials')::text") == [(None,)]
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # its worker is dead
+    copying.copy_study(target, source.study_db)
+    assert states(url) == {"RUNNING": 1}
+    storage = SQLiteStorage(PostgreSQL(url), grace=0.0)
+    assert storage.return_stale_trials(1) == [0]
+
+
+# ---- what people type ----------------------------------------------------------------------
+
+
+def _tables(url: str) -> list[Any]:
+    return ask(url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+
+
+def test_bad_input_is_one_line_and_creates_nothing(
+    url: str, server: PostgreSQLServer, run: Run
+) -> None:
+    hba = server.folder / "data" / "pg_hba.conf"
+    ask(url, "DROP ROLE IF EXISTS stranger")
+    ask(url, "CREATE ROLE stranger LOGIN PASSWORD 'known'")
+    hba.write_text("local all stranger scram-sha-256\n" + hba.read_text())
+    ask(url, "SELECT pg_reload_conf()")
+    stranger = url.replace("postgres:", "stranger:")
+    cases = {
+        f"postgresql://postgres:{SECRET}@127.0.0.1:9/study": "refused",
+        stranger: "password authentication failed",
+        stranger.replace(SECRET, "known"): "may not create tables",
+        url.replace("/bare", "/nowhere"): "does not exist",
+    }
+    for case, says in cases.items():
+        begin = time.monotonic()
+        settings = Settings.from_env(STUDY_DB=case)
+        for act in (create_or_open_study, open_study):
+            with pytest.raises(UserError) as caught:
+                act(settings)
+            text = str(caught.value)
+            assert says in text or "there is no study yet" in text
+            assert "\n" not in text
+            assert SECRET not in text
+        assert time.monotonic() - begin < 10
+    assert _tables(url) == []
+    result = run("init_optuna_db.py", STUDY_DB=next(iter(cases)))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "s3cr" not in result.stderr
+    ask(url, "CREATE TABLE studies (x int)")
+    with pytest.raises(UserError, match="tables of another program"):
+        create_or_open_study(Settings.from_env(STUDY_DB=url))
+    assert _tables(url) == [("studies",)]
+    hba.write_text(hba.read_text().partition("\n")[2])
+    ask(url, "SELECT pg_reload_conf()")
+
+
+def test_a_reader_may_look_and_another_optuna_is_refused(url: str) -> None:
+    settings = Settings.from_env(STUDY_DB=url)
+    create_or_open_study(settings)
+    ask(url, "DROP TABLE leases")  # as stock Optuna makes a study
+    ask(url, "DROP ROLE IF EXISTS reader")
+    ask(url, "CREATE ROLE reader LOGIN")
+    ask(url, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader")
+    reader = Settings.from_env(STUDY_DB=url.replace("postgres:", "reader:"))
+    study = open_study(reader)
+    assert count(study, reader).finished == 0
+    assert storage_of(study).owners(1) == {}
+    storage_of(study).remove_session()
+    ask(url, "DROP OWNED BY reader")
+    ask(url, "UPDATE alembic_version SET version_num = 'v9'")
+    with pytest.raises(UserError, match=r"of another Optuna \(v9\)"):
+        create_or_open_study(Settings.from_env(STUDY_DB=url))
+
+
+def test_what_ends_by_itself_is_told_from_what_a_person_mends() -> None:
+    away = ["connection refused", "FATAL:  the database system is starting up",
+            "FATAL:  terminating connection due to administrator command"]  # fmt: skip
+    mend = ['FATAL:  password authentication failed for user "x"', "ERROR:  permission denied"]
+    found = [postgresql.is_away(Exception(text)) for text in [*away, *mend]]
+    assert found == [True] * len(away) + [False] * len(mend)
+
+
+def test_eight_make_the_tables_at_once(url: str) -> None:
+    settings = Settings.from_env(STUDY_DB=url)
+    assert wait([fork(create_or_open_study, settings) for _ in range(8)]) == [0] * 8
+    assert ask(url, "SELECT count(*) FROM studies") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("postgresql://me:p@ss@host/db", "write / \\? # @ : % as"),
+        ("postgres://me:pa/ss@host/db", "write / \\? # @ : % as"),
+        ("postgresql://me:p%ss@host/db", "write / \\? # @ : % as"),
+        ("postgresql://me:pass@host:http/db", "the port is a number"),
+        ("postgresql://me:pass@host", "names no database"),
+        ("postgresql://me:***@host/db", "in the place of \\*\\*\\*"),
+        ("postgre://me:pass@host/db", "'postgre://me:\\*\\*\\*@host/db' is no URL"),
+    ],
+)
+def test_urls_that_cannot_be(url: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        Settings.from_env(STUDY_DB=url)
+    assert "ss@" not in str(caught.value)
+
+
+def test_databases_have_folders_of_their_own() -> None:
+    same = ["postgresql://me:a@Host/db", "postgres://host:5432/db", "postgresql+psycopg2://host/db"]
+    others = [
+        *("postgresql://host/db2", "postgresql://host:5433/db", "postgresql://host2/db"),
+        *("postgresql:///db?host=/run/a", "postgresql:///db?host=/run/b", "postgresql:///db"),
+        *("postgresql://host/db?options=-csearch_path%3Dmine", "mysql://host/db"),
+        *("journal:///a", "journal:///b", "grpc://host:1", "sqlite:///a.db"),
+    ]
+    folders = [Settings.from_env(STUDY_DB=text).checkpoints for text in [*same, *others]]
+    assert len(set(folders)) == 1 + len(others)
+    assert folders[0].parts[-3:] == ("checkpoints", "postgresql-db@host", "mnist_hpo")

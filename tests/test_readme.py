@@ -15,9 +15,14 @@ from common import BUNDLE, SCRIPTS
 from hpo import settings
 
 MANUALS = ("README.txt", "LISEZMOI.txt")
+SITES = ("code_and_slurm-scripts/OTHER_SITE.txt", "code_and_slurm-scripts/AUTRE_SITE.txt")
 PAGES = ("code_and_slurm-scripts/OWN_MODEL.txt", "code_and_slurm-scripts/MON_MODELE.txt")
+SYMPTOMS = ("code_and_slurm-scripts/SYMPTOMS.txt", "code_and_slurm-scripts/SYMPTOMES.txt")
 ENGLISH_ONLY = ("tests/benchmarks/README.txt", "tests/plain_training/README.txt")
-TEXTS = {name: (BUNDLE / name).read_text() for name in (*MANUALS, *PAGES, *ENGLISH_ONLY)}
+TEXTS = {
+    name: (BUNDLE / name).read_text()
+    for name in (*MANUALS, *PAGES, *SITES, *SYMPTOMS, *ENGLISH_ONLY)
+}
 CODE = "".join(path.read_text() for path in sorted(SCRIPTS.rglob("*.[ps][yh]")))
 BATCH = (SCRIPTS / "run-optuna-multinode_Turpan.sh").read_text()
 # A line to type: settings, a program, its arguments; "  # …" says something about it.
@@ -41,10 +46,10 @@ def commands(name: str) -> list[str]:
     return COMMAND.findall(TEXTS[name])
 
 
-@pytest.mark.parametrize(("english", "french"), [MANUALS, PAGES])
+@pytest.mark.parametrize(("english", "french"), [MANUALS, PAGES, SITES])
 def test_both_languages_have_the_same_commands_and_chapters(english: str, french: str) -> None:
     assert commands(english) == commands(french)
-    assert len(commands(english)) >= 6
+    assert len(commands(english)) >= (2 if english in SITES else 6)
     chapters = re.findall(r"^(\d+)\. [A-Z]", TEXTS[english], re.M)
     assert chapters == [str(number) for number in range(1, len(chapters) + 1)]
     assert len(chapters) >= 8
@@ -87,8 +92,8 @@ def test_scripts_that_are_called_know_their_options(name: str) -> None:
 def test_settings_and_their_defaults_are_those_of_the_code(name: str) -> None:
     chapter = TEXTS[name].split("\n6. ")[1].split("\n7. ")[0]
     rows = dict(re.findall(r"^    ([A-Z_]+) +\S.*?  +(\S.*)$", chapter, re.M))
-    config = dict(re.findall(r'^([A-Z_]+)="\$\{\1:-(.*?)\}"', BATCH, re.M))
-    assert list(rows)[:7] == list(config)
+    config = dict(re.findall(r'^([A-Z_]+)="\$\{\1:?-(.*?)\}"', BATCH, re.M))
+    assert list(rows)[: len(config)] == list(config)
     for variable, default in config.items():
         shown = Path(default).name if variable == "CONTAINER" else default
         assert shown.startswith(rows[variable].split()[0].removesuffix("…")), variable
@@ -103,13 +108,13 @@ def test_settings_and_their_defaults_are_those_of_the_code(name: str) -> None:
 
 
 def test_the_table_of_all_settings_has_those_of_the_readme() -> None:
-    """But for the two that the batch script alone reads."""
+    """But for those that the batch script alone reads."""
     command = [sys.executable, "-m", "hpo.settings"]
     table = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True, check=True).stdout
     chapter = TEXTS["README.txt"].split("\n6. ")[1].split("\n7. ")[0]
     rows = set(re.findall(r"^    ([A-Z_]+) {2}", chapter, re.M))
     assert len(rows) >= 10
-    for variable in rows - {"CONTAINER", "CHAIN_JOBS"}:
+    for variable in rows - {"CONTAINER", "BINDS", "CHAIN_JOBS"}:
         assert re.search(rf"^ *{variable}\b", table, re.M), variable
 
 
@@ -119,18 +124,30 @@ def test_every_sampler_and_pruner_is_explained(name: str) -> None:
         assert re.search(rf"^(?: +|[A-Z]+=){choice} {{2}}", TEXTS[name], re.M), choice
 
 
-@pytest.mark.parametrize("name", MANUALS)
+@pytest.mark.parametrize("name", SYMPTOMS)
 def test_messages_that_are_quoted_are_in_the_code(name: str) -> None:
-    chapter = TEXTS[name].split("\n8. ")[1].split("\n9. ")[0]
-    quoted = re.findall(r'"(.+?)"', chapter)
-    assert len(quoted) >= 12
+    quoted = re.findall(r'"(.+?)"', TEXTS[name])
+    assert len(quoted) >= 20
     for message in quoted:
         for part in filter(None, message.split("…")):  # … is what differs from case to case
             assert part.strip() in CODE, message
 
 
+@pytest.mark.parametrize(("manual", "page"), list(zip(MANUALS, SYMPTOMS, strict=True)))
+def test_the_manual_s_symptoms_are_those_of_the_page(manual: str, page: str) -> None:
+    chapter = TEXTS[manual].split("\n8. ")[1].split("\n9. ")[0]
+    symptoms = re.split(r"\n(?=\S)", chapter)[1:-1]
+    assert len(symptoms) >= 8
+    assert [text for text in symptoms if text.strip("\n") not in TEXTS[page]] == []
+
+
+def test_both_pages_of_symptoms_quote_the_same() -> None:
+    english, french = (re.findall(r'"(.+?)"', TEXTS[page]) for page in SYMPTOMS)
+    assert english == french
+
+
 def test_the_image_is_the_one_of_the_batch_script() -> None:
-    image = re.search(r"CONTAINER:-(.*?)\}", BATCH)
+    image = re.search(r"CONTAINER-(.*?)\}", BATCH)
     assert image
     assert f"IMAGE={image[1]}" in commands("README.txt")
 

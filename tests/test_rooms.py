@@ -13,6 +13,7 @@ import hpo
 from common import BUNDLE, SCRIPTS
 from hpo import script
 
+WITHOUT = ("NEEDS", "NO_EPOCHS", "export_model")  # what the first example does not offer
 ROOMS = sorted((SCRIPTS / "hpo").rglob("*.py"))
 
 
@@ -60,7 +61,7 @@ def test_the_contract_names_what_is_there() -> None:
     for name in set(offered) - {"objective", "finite_space", "numeric_space"}:
         assert f'"{name}"' in code, f"nobody asks for {name}"
     example = script.Script("optuna_mnist.py", {}).py_script
-    assert all(script.defines(example, name) or name in ("NEEDS", "NO_EPOCHS") for name in offered)
+    assert all(script.defines(example, name) or name in WITHOUT for name in offered)
 
 
 def test_old_import_lines_still_work() -> None:
@@ -80,7 +81,7 @@ def test_versions_are_those_of_one_file() -> None:
     groups = {name: text.split(f"\n{name} = [")[1].split("\n]")[0] for name in ("run", "floor")}
     floor = dict(re.findall(r'"([\w-]+)==([\w.]+)"', groups["floor"]))
     for package, requirement in known.items():
-        if package not in ("grpcio", "protobuf"):  # in the group `test`
+        if package not in ("grpcio", "protobuf", "psycopg"):  # in the group `test`
             assert floor[package] == requirement.split("==")[1]
         assert f'"{requirement}' in text
     assert not {"torch", "torchvision", "numpy"} & known.keys()

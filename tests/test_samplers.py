@@ -70,8 +70,8 @@ def distinct(found: list[FrozenTrial]) -> set[tuple[tuple[str, Any], ...]]:
     return {tuple(sorted(trial.params.items())) for trial in found}
 
 
-@pytest.mark.parametrize("sampler", settings.SAMPLERS)
-def test_every_sampler_on_mnist_with_two_workers(sampler: str) -> None:
+@pytest.mark.parametrize(("sampler", "categorical"), [("tpe", 7), ("gp", 0), ("grid", 8)])
+def test_each_form_of_mnists_space_with_two_workers(sampler: str, categorical: int) -> None:
     output = finish(
         start(MNIST, 2, SAMPLER=sampler, SEED="1", TOTAL_TRIALS="8", TRAIN_IMAGES="128")
     )
@@ -79,15 +79,20 @@ def test_every_sampler_on_mnist_with_two_workers(sampler: str) -> None:
     assert [trial.number for trial in found] == list(range(8)), output
     assert all(trial.state in FINISHED for trial in found)
     assert len(distinct(found)) == 8
-    categorical = {
-        name
-        for name, distribution in found[-1].distributions.items()
-        if isinstance(distribution, CategoricalDistribution)
-    }
-    expected = 0 if sampler in samplers.NUMERIC else 8 if sampler in samplers.FINITE else 7
-    assert len(categorical) == expected
+    distributions = found[-1].distributions.values()
+    assert sum(isinstance(each, CategoricalDistribution) for each in distributions) == categorical
     assert "falls back" not in "".join(output)
     assert "independently" not in "".join(output)
+
+
+# The others have tests of their own below.
+@pytest.mark.parametrize("sampler", ["random", "cmaes", "nsgaii"])
+def test_every_sampler_with_two_workers(sampler: str) -> None:
+    finish(start(SPACE, 2, SAMPLER=sampler, SPACE="huge", SEED="1", TOTAL_TRIALS="8"))
+    found = trials()
+    assert [trial.number for trial in found] == list(range(8))
+    assert all(trial.state == TrialState.COMPLETE for trial in found)
+    assert len(distinct(found)) == 8
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from hpo.study.opening import create_or_open_study
         ("STOP_VALUE", "low", "is no number"),
         ("SCRIPT_ARGS", "--name 'one", "No closing quotation"),
         ("SAMPLER", "bayes", "choose one of: tpe, random"),
-        ("PRUNER", "scissors", "choose one of: median, percentile"),
+        ("PRUNER", "scissors", "choose one of: halving, median"),
         ("DIRECTION", "down", "choose one of: minimize, maximize"),
         ("STUDY_NAME", "../up", "letters, digits"),
         ("STUDY_DB", "study.db", "give sqlite:///study.db"),

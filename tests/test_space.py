@@ -14,6 +14,7 @@ from hpo.script import Script
 from hpo.search import pruners, samplers
 from hpo.search.remembered import adopt_space, plan_of
 from hpo.search.space import combinations, explore, value_at
+from hpo.search.tpe import CompleteTPE
 from hpo.settings import Settings, UserError
 from hpo.study.opening import create_or_open_study
 
@@ -171,8 +172,11 @@ def test_fixed_parameters_are_held_fast() -> None:
     [
         ({"PRUNER": "median:n_warmup=5"}, "n_warmup is no option; there are: n_startup_trials, n"),
         ({"PRUNER": "percentile:percentile=700"}, "Percentile must be between 0 and 100"),
+        ({"PRUNER": "halving:reduction_factor=1"}, "reduction_factor=1 is no whole number from 2"),
         ({"SAMPLER": "tpe:startup=3"}, "SAMPLER=tpe: startup is no option; there are: "),
         ({"SAMPLER": "tpe:seed=3"}, "seed is no option"),
+        ({"SAMPLER": "tpe:gamma=3"}, "gamma is no option"),
+        ({"SAMPLER": "tpe:count_pruned=yes"}, "count_pruned='yes' is neither True nor False"),
         ({"SAMPLER": "nsgaii:population_size=1"}, "SAMPLER=nsgaii: "),
     ],
 )
@@ -259,6 +263,148 @@ def test_number_of_reports_follows_from_what_was_seen() -> None:
     assert count(running, [trial(3, reports=7), trial(5, reports=7)]) == 7
     assert count(running, [trial(3, reports=7), trial(5, reports=6)]) is None
     assert count(running, []) == 9  # of `epochs`, while nothing else is known
+
+
+def test_first_trials_are_pruned_but_not_after_what_may_be_their_last_report() -> None:
+    """Before a trial is complete; halving begins with the first report, and others still train."""
+    study = optuna.create_study(
+        pruner=pruners.make_pruner(Settings.from_env()), sampler=optuna.samplers.RandomSampler(1)
+    )
+    rounds: dict[str, Any] = {"rounds": IntDistribution(1, 4)}
+    for number in (4, 4, 1, 4):
+        study.enqueue_trial({"rounds": number})
+    best, hopeless, short, worse = (study.ask(rounds) for _ in range(4))
+    for trial, value in ((best, 0.1), (hopeless, 0.9), (short, 0.9), (worse, 0.9)):
+        trial.report(value, 0)
+    assert not best.should_prune()
+    assert not hopeless.should_prune()  # for all that is known, one report is all there will be
+    best.report(0.1, 1)
+    assert not short.should_prune()  # its last, if `rounds` means what it seems to
+    assert worse.should_prune()
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_halving_decides_as_optunas_whatever_the_numbers_of_the_steps(direction: Any) -> None:
+    stopped: list[list[int]] = []
+    optunas = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    ours = pruners.make_pruner(Settings.from_env())
+    for pruner, steps in ((optunas, range(1, 11)), (ours, range(0, 1000, 100))):
+        values = np.random.default_rng(1).random((40, 10))
+        study = optuna.create_study(pruner=pruner, direction=direction)
+        study.tell(study.ask(), 0.5)  # without a report: then none is known to be the last
+        stopped.append([])
+        for curve in values:
+            trial = study.ask()
+            stopped[-1].append(0)
+            for value, step in zip(curve, steps, strict=True):
+                trial.report(value, step)
+                if trial.should_prune():
+                    stopped[-1][-1] = len(study.get_trials()[-1].intermediate_values)
+                    break
+            study.tell(trial, curve[-1] if not stopped[-1][-1] else None,
+                       None if not stopped[-1][-1] else TrialState.PRUNED)  # fmt: skip
+    assert stopped[0] == stopped[1]
+    assert {0, 1, 3} <= set(stopped[1]) <= {0, 1, 3, 9}
+
+
+def test_halving_compares_an_interrupted_trial_at_the_same_report() -> None:
+    """It was not asked after its first report, since it was interrupted then."""
+    study = optuna.create_study(pruner=pruners.make_pruner(Settings.from_env()))
+    first, interrupted, last = study.ask(), study.ask(), study.ask()
+    for step in range(4):
+        first.report(0.5 - step / 10, step)
+    interrupted.report(0.9, 0)
+    interrupted.report(0.05, 1)
+    assert not interrupted.should_prune()
+    last.report(0.6, 0)
+    assert last.should_prune()  # 0.5 is better at this step; 0.05 was another step's
+
+
+# ---- tpe -----------------------------------------------------------------------------------
+
+
+def tpe(**env: str) -> optuna.samplers.BaseSampler:
+    return samplers.make_sampler(
+        Settings.from_env(**{"SAMPLER": "tpe", "PRUNER": "none", **env}), 1
+    )
+
+
+def finished(complete: int, pruned: int) -> optuna.Study:
+    """Return a study with so many trials in one dimension; the higher, the worse."""
+    study = optuna.create_study()
+    space: dict[str, Any] = {"x": FloatDistribution(0, 1)}
+    for n in range(complete + pruned):
+        state = TrialState.COMPLETE if n < complete else TrialState.PRUNED
+        value = n / (complete + pruned)
+        study.add_trial(
+            optuna.create_trial(
+                state=state,
+                value=value if state == TrialState.COMPLETE else None,
+                params={"x": value},
+                distributions=space,
+                intermediate_values={0: value},
+            )
+        )
+    return study
+
+
+@pytest.mark.parametrize(
+    ("complete", "pruned", "good"), [(20, 0, 2), (20, 180, 2), (0, 20, 1), (21, 9, 3), (300, 0, 25)]
+)
+def test_tpe_takes_a_tenth_of_the_complete_trials_as_good(
+    complete: int, pruned: int, good: int
+) -> None:
+    study, sampler = finished(complete, pruned), tpe()
+    study.sampler = sampler
+    study.ask({"x": FloatDistribution(0, 1)})
+    assert isinstance(sampler, CompleteTPE)
+    assert sampler.good(complete + pruned) == good
+
+
+def suggestions(study: optuna.Study, sampler: optuna.samplers.BaseSampler) -> list[float]:
+    study.sampler = sampler
+    return [float(study.ask({"x": FloatDistribution(0, 1)}).params["x"]) for _ in range(5)]
+
+
+def test_tpe_is_optunas_own_if_nothing_is_pruned_or_pruned_trials_shall_count() -> None:
+    def optunas() -> optuna.samplers.BaseSampler:
+        return optuna.samplers.TPESampler(seed=1)
+
+    stock = suggestions(finished(40, 0), optunas())
+    assert suggestions(finished(40, 0), tpe()) == stock
+    stock = suggestions(finished(10, 90), optunas())
+    assert suggestions(finished(10, 90), tpe()) != stock
+    assert suggestions(finished(10, 90), tpe(SAMPLER="tpe:count_pruned=True")) == stock
+    constrained = finished(10, 90)
+    constrained.add_trial(
+        optuna.create_trial(
+            value=0.5, params={"x": 0.5}, distributions={"x": FloatDistribution(0, 1)},
+            system_attrs={"constraints:c": 1.0},
+        )
+    )  # fmt: skip
+    again = optuna.create_study()
+    again.add_trials(constrained.get_trials())
+    assert again.get_trials()[-1].constraints == {"c": 1.0}
+    assert suggestions(constrained, tpe()) == suggestions(again, optunas())
+
+
+def test_tpe_of_several_objectives_is_optunas_own() -> None:
+    two = {"OBJECTIVES": "loss,parameters", "DIRECTION": "minimize"}
+    found = []
+    for sampler in (tpe(**two), optuna.samplers.TPESampler(seed=1)):
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+        for _ in range(20):
+            x = (trial := study.ask({"x": FloatDistribution(0, 1)})).params["x"]
+            study.tell(trial, (x, 1 - x))
+        found.append([trial.params["x"] for trial in study.get_trials()])
+    assert found[0] == found[1]
+
+
+def test_gamma_is_an_argument_of_optuna_until_6() -> None:
+    """With Optuna 6 CompleteTPE has to reach γ in another way."""
+    assert int(optuna.__version__.split(".")[0]) < 6
+    with pytest.warns(FutureWarning, match="gamma.*removed in v6"):
+        optuna.samplers.TPESampler(gamma=lambda finished: 1)
 
 
 def test_value_at() -> None:

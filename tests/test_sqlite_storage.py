@@ -18,7 +18,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hpo.study.sqlite_file import create_study_file
+from hpo.study.engines.sqlite_file import create_study_file
 from hpo.study.storage import LeaseLost, NoTrialLeft, SQLiteStorage
 from storage_helpers import (
     EPOCHS,
@@ -27,10 +27,11 @@ from storage_helpers import (
     count_lines,
     fork,
     kill,
-    make_study,
     open_study,
     read_trials,
     sql,
+    stock_storage,
+    stock_url,
     storage_of,
     suggest,
     train,
@@ -38,12 +39,6 @@ from storage_helpers import (
     work,
     write_line,
 )
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return make_study(tmp_path)
-
 
 # ---- budget and claims ---------------------------------------------------------------------
 
@@ -227,7 +222,7 @@ def test_only_the_holder_can_write(path: Path) -> None:
 def test_a_trial_that_stock_optuna_finished_by_hand_stays_so(path: Path) -> None:
     study = open_study(path)
     trial = study.ask()
-    stock = optuna.load_study(study_name=NAME, storage=f"sqlite:///{path}")
+    stock = optuna.load_study(study_name=NAME, storage=stock_url(path))
     stock.tell(trial.number, 2.0)
     for write in (lambda: trial.report(1.0, 0), lambda: study.tell(trial, 1.0)):
         with pytest.raises(LeaseLost):
@@ -285,9 +280,15 @@ def _run_slowly(path: Path, log: Path, grace: float) -> None:
 
 
 def _freeze(pid: int, path: Path) -> None:
-    """Stop a process, but not while it holds the file's lock: then everybody waits for it."""
+    """Stop a process, but not while it holds a lock: then everybody waits for it."""
+    idle = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
     while True:
         os.kill(pid, signal.SIGSTOP)
+        if path.suffix == ".url":
+            if sql(path, idle) == [(0,)]:
+                return
+            os.kill(pid, signal.SIGCONT)
+            continue
         try:
             with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:
                 db.execute("BEGIN EXCLUSIVE")
@@ -372,9 +373,7 @@ def test_poison_fails_after_max_attempts_and_the_study_goes_on(path: Path) -> No
 
 
 def _stock_worker(path: Path, trials: int) -> None:
-    options = {"connect_args": {"timeout": 60}}
-    storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs=options)
-    study = optuna.load_study(study_name=NAME, storage=storage)
+    study = optuna.load_study(study_name=NAME, storage=stock_storage(path))
     for _ in range(trials):
         trial = study.ask()
         study.tell(trial, train(trial))
@@ -402,7 +401,7 @@ def test_stock_and_ours_read_the_same(path: Path) -> None:
     study.tell(trial, float("inf"))
     study.tell(study.ask(), state=TrialState.PRUNED)
     study.enqueue_trial({"lr": 1e-3})
-    stock = optuna.load_study(study_name=NAME, storage=f"sqlite:///{path}")
+    stock = optuna.load_study(study_name=NAME, storage=stock_url(path))
     mine = open_study(path, "fresh").get_trials()
     for ours, theirs in zip(mine, stock.get_trials(), strict=True):
         assert repr(ours) == repr(theirs)  # NaN is not equal to itself
@@ -411,7 +410,7 @@ def test_stock_and_ours_read_the_same(path: Path) -> None:
 
 def test_a_study_that_stock_optuna_made_goes_on_here(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
-    optuna.create_study(study_name=NAME, storage=f"sqlite:///{path}")
+    optuna.create_study(study_name=NAME, storage=stock_url(path))
     _stock_worker(path, 3)
     work(path, 0, 6)
     check_study(path, 6)
@@ -419,8 +418,8 @@ def test_a_study_that_stock_optuna_made_goes_on_here(tmp_path: Path) -> None:
 
 def test_stock_may_delete_the_study_and_reuse_its_ids(path: Path) -> None:
     open_study(path).ask()
-    optuna.delete_study(study_name=NAME, storage=f"sqlite:///{path}")
-    stock = optuna.create_study(study_name=NAME, storage=f"sqlite:///{path}")
+    optuna.delete_study(study_name=NAME, storage=stock_url(path))
+    stock = optuna.create_study(study_name=NAME, storage=stock_url(path))
     trial = stock.ask()  # has the id, but not the lease, of the trial that is gone
     study = open_study(path, "b", grace=0.0)
     for _ in range(3):
@@ -518,7 +517,7 @@ def test_fork_never_splits_another_threads_transaction(path: Path) -> None:
 
 
 def suggest_and_report(trial: optuna.Trial) -> None:
-    file = storage_of(trial.study).file
+    file: Any = storage_of(trial.study).file
     inherited = file._connection
     trial.report(0.0, 0)
     assert file.connection() is not inherited

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 from optuna.testing.pytest_storages import StorageTestCase
 
+from hpo.study.optuna_private import study_id
 from hpo.study.storage import SQLiteStorage
+from storage_helpers import place_of
 
 
-class TestSQLiteStorage(StorageTestCase):
+class TestStorage(StorageTestCase):
     @pytest.fixture
-    def storage(self, tmp_path: Path) -> Iterator[SQLiteStorage]:
-        storage = SQLiteStorage(tmp_path / "study.db")
+    def storage(self, path: Path) -> Iterator[SQLiteStorage]:
+        storage = SQLiteStorage(place_of(path, {}))
+        for study in storage.get_all_studies():
+            storage.delete_study(study_id(study))
         yield storage
         storage.remove_session()

@@ -18,16 +18,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hpo.study.sqlite_file import CorruptStudy, DiskFull, StudyBusy, StudyFileError
+from hpo.study.engines import EngineError
+from hpo.study.engines.sqlite_errors import CorruptStudy, DiskFull, StudyBusy, StudyFileError
 from hpo.study.storage import LeaseLost, NoTrialLeft, SQLiteStorage
 from storage_helpers import (
     EPOCHS,
     NAME,
     check_study,
     count_lines,
+    file_of,
     fork,
     kill,
     make_study,
@@ -72,7 +75,7 @@ def _life(path: Path, before_statement: Any = None) -> None:
     study = open_study(path, os.getpid(), total_trials=2, job_id="7", grace=0.0)
     storage = storage_of(study)
     if before_statement is not None:
-        storage.file.connection().set_trace_callback(before_statement)
+        file_of(storage).connection().set_trace_callback(before_statement)
     trial = study.ask()
     suggest(trial)
     trial.report(trial.params["lr"], 0)
@@ -90,7 +93,7 @@ def _life(path: Path, before_statement: Any = None) -> None:
             study.tell(second, 0.0)
         again = study.ask()
         study.tell(again, train(again))
-    storage.file.connection().set_trace_callback(None)
+    file_of(storage).connection().set_trace_callback(None)
 
 
 def _die_at(path: Path, k: int) -> None:
@@ -350,6 +353,22 @@ def test_a_lock_that_is_never_released_is_a_clear_error(path: Path) -> None:
     trial.report(1.0, 0)
 
 
+def test_who_loses_every_race_waits_on_as_long_as_others_write(path: Path) -> None:
+    """For more than its timeout: it is slow, and nothing is locked for good."""
+    file = open_study(path, timeout=0.05)._storage.file  # type: ignore[attr-defined]
+    races = []
+
+    def lose() -> str:
+        races.append(1)
+        if len(races) < 40:
+            time.sleep(0.01)
+            os.utime(path, ns=(len(races), len(races)))  # somebody has written
+            raise sqlite3.OperationalError("database is locked")
+        return "won"
+
+    assert file._patiently(lose) == "won"
+
+
 def test_the_journal_is_never_wal(path: Path) -> None:
     with sqlite3.connect(path) as db:
         assert db.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
@@ -369,7 +388,7 @@ def test_backups_of_a_running_study_are_consistent(path: Path) -> None:
     storage = SQLiteStorage(path)
     while os.waitpid(workers[0], os.WNOHANG) == (0, 0):
         copies.append(path.with_name(f"copy {len(copies)}.db"))
-        assert storage.backup(copies[-1], max_age=60)
+        assert file_of(storage).backup(copies[-1], max_age=60)
         time.sleep(0.05)
     assert wait(workers[1:]) == [0] * 3
     assert errors.read_text() == ""
@@ -383,24 +402,44 @@ def test_backups_of_a_running_study_are_consistent(path: Path) -> None:
 
 def test_backup_is_skipped_while_it_is_young(path: Path) -> None:
     storage, target = SQLiteStorage(path), path.with_name("study.db.backup")
-    assert storage.backup(target, max_age=60)
-    assert not storage.backup(target, max_age=60)
-    assert storage.backup(target, max_age=0)
+    assert file_of(storage).backup(target, max_age=60)
+    assert not file_of(storage).backup(target, max_age=60)
+    assert file_of(storage).backup(target, max_age=0)
     os.utime(target, (time.time() - 61, time.time() - 61))
-    assert storage.backup(target, max_age=60)
+    assert file_of(storage).backup(target, max_age=60)
     os.utime(target, (time.time() + 600, time.time() + 600))  # a host whose clock is ahead
-    assert storage.backup(target, max_age=60)
+    assert file_of(storage).backup(target, max_age=60)
 
 
 def test_a_damaged_study_never_replaces_a_good_backup(path: Path) -> None:
     storage, target = SQLiteStorage(path), path.with_name("study.db.backup")
-    assert storage.backup(target)
+    assert file_of(storage).backup(target)
     good = target.read_bytes()
     _damage(path)
     with pytest.raises(CorruptStudy):
-        storage.backup(target, max_age=0)
+        file_of(storage).backup(target, max_age=0)
     assert target.read_bytes() == good
     assert not list(path.parent.glob(".*.new"))
+
+
+def test_a_study_that_was_lost_never_replaces_its_backup(path: Path) -> None:
+    storage, target = SQLiteStorage(path), path.with_name("study.db.backup")
+    study = open_study(path)
+    for value in range(3):
+        study.add_trial(optuna.trial.create_trial(value=value))
+    assert file_of(storage).backup(target)
+    good = target.read_bytes()
+    optuna.delete_study(study_name=NAME, storage=storage)
+    with pytest.raises(EngineError, match="is not there, and 3 trials in its backup"):
+        file_of(storage).backup(target, max_age=0)
+    study = optuna.create_study(study_name=NAME, storage=storage)  # as the next job does
+    study.add_trial(optuna.trial.create_trial(value=1.0))
+    with pytest.raises(EngineError, match="has 1, and 3 trials in its backup"):
+        file_of(storage).backup(target, max_age=0)
+    assert target.read_bytes() == good
+    assert not list(path.parent.glob(".*.new"))
+    target.write_text("no database")  # nothing is lost with it
+    assert file_of(storage).backup(target, max_age=0)
 
 
 # ---- soak ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import optuna
 import pytest
 
 from common import HELPERS, SCRIPTS, Run
+from hpo import checkpoint
 from hpo.settings import Settings, UserError
 from hpo.study.opening import create_or_open_study, open_study
+from hpo.study.optuna_private import storage_of
 
 
 def test_init_creates_opens_and_changes_nothing(run: Run, own_study: Path) -> None:
@@ -122,6 +125,23 @@ def test_damaged_study_is_named_with_its_backup(own_study: Path, run: Run) -> No
     assert own_study.read_bytes() == damaged
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o002, 0o664), (0o077, 0o600)])
+def test_a_group_may_write_where_the_umask_lets_it(mask: int, mode: int, own_study: Path) -> None:
+    """study.db, its journal, its backup, and what a trial leaves."""
+    before = os.umask(mask)
+    try:
+        study = create_or_open_study(Settings.from_env())
+        checkpoint.save(study.ask(), losses=[1.0])
+        storage_of(study).backup(own_study.with_name("study.db.backup"))  # type: ignore[attr-defined]
+    finally:
+        os.umask(before)
+    files = {path.name: path for path in own_study.parent.rglob("*") if path.is_file()}
+    assert {"study.db", "study.db-journal", "study.db.backup"} < set(files)
+    assert {path.stat().st_mode & 0o777 for path in files.values()} == {mode}
+    for folder in (path.parent for path in files.values() if path.parent != own_study.parent):
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
 def test_init_returns_the_trials_of_a_job_that_has_left_the_queue(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +150,8 @@ def test_init_returns_the_trials_of_a_job_that_has_left_the_queue(
     study.ask().suggest_float("x", 0, 1)  # and the job dies
     monkeypatch.setenv("SLURM_JOB_ID", "101")
     assert "goes back" not in run("init_optuna_db.py", ALIVE_JOBS="100 101").stdout
+    # Slurm shows one's own jobs: of those of a colleague who shares the study it says nothing.
+    assert "goes back" not in run("init_optuna_db.py", ALIVE_JOBS="101", SLURM_JOB_USER="b").stdout
     assert "trial 0 of a job that has ended goes back to the queue" in (
         run("init_optuna_db.py", ALIVE_JOBS="101").stdout
     )

@@ -11,27 +11,25 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.study.storage import SQLiteStorage
-from storage_helpers import make_study, open_study, storage_of, suggest
+from storage_helpers import file_of, open_study, place_of, storage_of, suggest
 
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return make_study(tmp_path)
+only_sqlite = pytest.mark.parametrize("path", ["sqlite"], indirect=True)
 
 
 def fresh(path: Path) -> list[Any]:
     """Return the trials as somebody reads them who remembers nothing."""
-    return list(SQLiteStorage(path).get_all_trials(1))
+    return list(SQLiteStorage(place_of(path, {})).get_all_trials(1))
 
 
 def selects(study: optuna.Study) -> list[str]:
     seen: list[str] = []
-    storage_of(study).file.connection().set_trace_callback(
+    file_of(storage_of(study)).connection().set_trace_callback(
         lambda sql: seen.append(sql) if "SELECT" in sql else None
     )
     return seen
 
 
+@only_sqlite
 def test_nothing_is_selected_while_only_this_worker_reports(path: Path) -> None:
     study = open_study(path, 0)
     trial = study.ask()
@@ -90,7 +88,7 @@ def test_every_write_is_seen_at_once(path: Path) -> None:
 @pytest.mark.parametrize("values", [[1.5], [float("inf")], None])
 def test_a_trial_finished_here_is_as_in_the_file(path: Path, values: list[float] | None) -> None:
     study = optuna.load_study(
-        study_name="study", storage=SQLiteStorage(path, worker="worker 0 on n1")
+        study_name="study", storage=SQLiteStorage(place_of(path, {}), worker="worker 0 on n1")
     )
     study.get_trials()
     trial = study.ask()
@@ -99,7 +97,7 @@ def test_a_trial_finished_here_is_as_in_the_file(path: Path, values: list[float]
     trial.report(float("nan"), 0)
     trial.report(2.0, 1)
     study.tell(trial, values, state=TrialState.PRUNED if values is None else None)
-    seen = selects(study)
+    seen = selects(study) if path.suffix == ".db" else []
     mine = storage_of(study).get_trial(trial._trial_id)
     assert seen == []
     theirs = fresh(path)[0]
@@ -121,3 +119,28 @@ def test_another_connection_counts_anew(path: Path) -> None:
         os._exit(len(study.get_trials()))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
     assert len(study.get_trials()) == 3
+
+
+@only_sqlite
+def test_statements_of_a_trial(path: Path) -> None:
+    """In steady state, with the sampler and the pruner that are the default."""
+    study = open_study(path)
+    study.sampler = optuna.samplers.TPESampler(seed=0)
+    study.pruner = optuna.pruners.MedianPruner()
+    seen: list[str] = []
+
+    def run_one() -> None:
+        trial = study.ask()
+        value = suggest(trial)["lr"]
+        for step in range(4):
+            trial.report(value, step)
+            trial.should_prune()
+        study.tell(trial, value)
+
+    for _ in range(12):
+        run_one()
+    file_of(storage_of(study)).connection().set_trace_callback(seen.append)
+    for _ in range(4):
+        run_one()
+    assert sum(s.startswith("COMMIT") for s in seen) == 4 * 7
+    assert sum(s.lstrip().startswith(("SELECT", "WITH")) for s in seen) == 4 * 5

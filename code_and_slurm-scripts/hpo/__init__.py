@@ -19,9 +19,12 @@ What a script may offer.  Only `objective` must be there, and it may be any call
                                                          is not noticed; no test score, no export
     finite_space   search_space, for grid and bruteforce  these take search_space itself
     numeric_space  search_space, for cmaes and gp        these take search_space itself
+    known_good     the first trials of a study: a list   the study begins without any
+                   of dicts of parameters, or parts
     prepare        init_optuna_db.py, the preflight, a   the data is not checked before the first
                    worker before its first trial         trial
     build_model    an exported load_model.py             no export
+    export_model   --export: one more form of it   weights.pt and load_model.py are all
     train_model    the objective; --check watches it     --check proves less
     test_model     check_best_model.py, --retrain        no test score
     train_final    check_best_model.py --retrain         no final training on all data

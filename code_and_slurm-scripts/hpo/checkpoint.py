@@ -138,7 +138,7 @@ def save(
     """
     if not trial:
         return
-    processes, rank = _processes()
+    number, rank = processes()
     if rank:
         return  # of several processes with the same weights (hpo/train/ddp.py) the first writes
     things, epochs = _named(model, optimizer, others), list(losses)
@@ -149,7 +149,7 @@ def save(
         return found if weights is None else {**found, "weights": weights}
 
     recent = _Clock.number == trial.number and time.monotonic() - _Clock.seconds < every
-    if recent and processes == 1 and not asked_to_stop():
+    if recent and number == 1 and not asked_to_stop():
         _Clock.unsaved = content
         return
     _write(content(), trial.number)
@@ -247,7 +247,7 @@ def _compare(number: int, asked: set[str], found: set[str]) -> None:
             )
 
 
-def _processes() -> tuple[int, int]:
+def processes() -> tuple[int, int]:
     """Return how many processes run this trial, and the number of this one."""
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():

@@ -1,18 +1,25 @@
 """Drain: how a worker is told to stop, and when its trial may be interrupted.
 
-Five things end a worker early, none of which loses a finished epoch:
+Six things end a worker early, none of which loses a finished epoch:
 
     SIGUSR1             to this process: stop after the running epoch
     DRAIN_FILE          the same for all workers of a job: hpo/job/job.sh makes this file when Slurm
                         signals the batch shell.  A signal to the workers' step would also end the
                         process that mounts the container's image, under the workers' feet.
     the job's end       the next epoch would not be finished in time: stop before it starts
+    … is there          the running epoch has not ended, REPORT_SECONDS before: interrupt it.  One
+                        that does not react within HARD_SECONDS, as in a long call of a library,
+                        ends with its process, and keep_running.sh returns the trial
     SIGTERM, SIGINT     from scancel or Ctrl-C: stop at once; SIGHUP, of a closed terminal, too
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +29,13 @@ from types import FrameType
 import optuna
 from optuna.trial import FrozenTrial
 
-REPORT_SECONDS = 30.0  # the batch script's own work after the workers have ended
+REPORT_SECONDS = 45.0  # of the job, for what comes after the workers: returns, successor, report
+HARD_SECONDS = 15.0  # of these, until a process that does not react is ended
+INTERRUPTED = 74  # its exit status, known to hpo/job/keep_running.sh
 MARGIN_SECONDS = 5.0  # from the moment that a trial is saved until it is asked to stop, at most
 RESERVE_SECONDS = 90.0  # before the job's end; as #SBATCH --signal=B:USR1@90, the second net
+
+log = logging.getLogger("hpo.worker")
 
 
 class Drained(BaseException):
@@ -44,6 +55,8 @@ class Drain:
         self._requested = False
         self._at_once = False
         self._interruptible = False
+        self._left = threading.Event()  # no trial is running
+        self._left.set()
         self._last = time.monotonic()  # start of the running epoch
         self._longest_epoch = 0.0  # seconds
         _in_use[:] = [self]
@@ -70,7 +83,7 @@ class Drain:
 
     @property
     def at_once(self) -> bool:
-        """Whether SIGTERM, SIGINT or SIGHUP has come."""
+        """Whether SIGTERM or SIGINT has come."""
         return self._at_once
 
     def epoch_ended(self) -> None:
@@ -84,12 +97,33 @@ class Drain:
         """Let SIGTERM and SIGINT raise `Drained` in this block; elsewhere they only ask."""
         self._last = time.monotonic()
         self._interruptible = True
+        self._left.clear()
         try:
             if self._at_once:  # the signal came while the trial was being claimed
                 raise Drained
             yield
+            self.epoch_ended()  # of an objective without reports: all of it
         finally:
             self._interruptible = False
+            self._left.set()
+
+    def watch_the_end(self) -> None:
+        """From now on, interrupt an epoch that would outlast the job; for a thread, see above."""
+        if self._job_end < float("inf"):
+            threading.Thread(target=self._interrupt, name="job's end", daemon=True).start()
+
+    def _interrupt(self) -> None:
+        while (left := self._job_end - REPORT_SECONDS - time.time()) > 0:
+            time.sleep(min(left, 60.0))  # the clock may be set meanwhile
+        if self._left.is_set():
+            return  # no trial: the next claim sees that it is too late
+        log.info("the job ends in %.0f s: the running epoch is interrupted", REPORT_SECONDS)
+        if thread := threading.main_thread().ident:  # also out of a call that waits
+            signal.pthread_kill(thread, signal.SIGTERM)
+        if not self._left.wait(HARD_SECONDS):
+            log.warning("it does not react: its process ends, and the trial goes back")
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)
 
     def _stop_after_epoch(self, signum: int, frame: FrameType | None) -> None:
         self._requested = True

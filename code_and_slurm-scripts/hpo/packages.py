@@ -1,7 +1,6 @@
 """What pip has to install: which packages are missing, and the one command that installs them.
 
-    python -m hpo.packages           is the tested Optuna there?  The batch script asks in the image
-    python -s -m hpo.packages image  numpy and torch of the image, for pip install --user -c
+    python -s -m hpo.packages        numpy and torch of the image, for pip install --user -c
 
 The versions are those of requirements-container.txt in the scripts' folder, and stand nowhere else.
 """
@@ -86,26 +85,21 @@ def pip_command(*requirements: str) -> str:
     A bare name is given its tested version.
     """
     known = pinned()
-    words = [known.get(text.lower(), text) for text in requirements]
-    words = [f"'{word}'" if re.search(r"[<>;\s*]", word) else word for word in words]
-    image = os.environ.get("APPTAINER_CONTAINER")
-    if image:  # where there is a network, that is on the login node
-        inside = f"apptainer exec --bind /tmpdir,/work {image}"
-        command = f"{inside} pip install --user -c image.txt {' '.join(words)}"
-        if (SCRIPTS / "image.txt").exists():
-            return command
-        return f"{inside} python -s -m hpo.packages image > image.txt\n    {command}"
+    words = [
+        known.get(name_of(text), text) if re.fullmatch(r"[\w.-]+(\[\w+\])?", text) else text
+        for text in requirements
+    ]
+    words = [f"'{word}'" if re.search(r"[<>;\s*\[]", word) else word for word in words]
+    for launcher in ("apptainer", "singularity"):
+        if image := os.environ.get(f"{launcher.upper()}_CONTAINER"):
+            # Where there is a network: that is on the login node.
+            binds = os.environ.get("BINDS", "/tmpdir,/work")
+            seen = f"{launcher} exec {f'--bind {binds} ' if binds else ''}{image}"
+            command = f"{seen} pip install --user -c image.txt {' '.join(words)}"
+            if (SCRIPTS / "image.txt").exists():
+                return command
+            return f"{seen} python -s -m hpo.packages > image.txt\n    {command}"
     return f"{sys.executable} -m pip install {' '.join(words)}"
-
-
-def of_the_image() -> list[str]:
-    """Return the constraints that keep pip from replacing what the image alone can give.
-
-    A newer numpy or torch in ~/.local would hide the image's, which were built for its GPUs and for
-    each other.  Asked with `python -s`, which does not see ~/.local.
-    """
-    names = ("numpy", "torch", "torchvision", "torchaudio", "triton")
-    return [f"{name}=={version}" for name in names if (version := installed(name))]
 
 
 def check_optuna() -> None:
@@ -122,14 +116,17 @@ def check_optuna() -> None:
         )
 
 
-def main() -> int:
-    """Check Optuna, or print what pip must not replace; return the exit status."""
-    if sys.argv[1:] == ["image"]:
-        print("\n".join(of_the_image()))
-        return 0
-    check_optuna()
+def print_image() -> int:
+    """Print the constraints that keep pip from replacing what the image alone can give.
+
+    A newer numpy or torch in ~/.local would hide the image's, which were built for its GPUs and for
+    each other.  Asked with `python -s`, which does not see ~/.local.
+    """
+    for name in ("numpy", "torch", "torchvision", "torchaudio", "triton"):
+        if version := installed(name):
+            print(f"{name}=={version}")
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(print_image)

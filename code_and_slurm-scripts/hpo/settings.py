@@ -5,9 +5,9 @@
 
 The names are those of the USER CONFIG block in run-optuna-multinode_Turpan.sh.  Every script calls
 `Settings.from_env()`: the first call of a process reads the environment, later ones return that.
-The launch scripts also set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_END_TIME (Unix
-seconds), DRAIN_FILE (hpo/drain.py), ALIVE_JOBS (the user's jobs in Slurm's queue) and WORKER_TOKEN
-(hpo/job/keep_running.sh).
+The launch scripts also set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB_USER,
+SLURM_JOB_END_TIME (Unix seconds), DRAIN_FILE (hpo/drain.py), ALIVE_JOBS (the user's jobs in
+Slurm's queue) and WORKER_TOKEN (hpo/job/keep_running.sh).
 
 This module and hpo/gpu.py import nothing but the standard library, so that they start at once on a
 login node.
@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from hpo import gpu, values
 from hpo.values import UserError
@@ -30,11 +29,10 @@ from hpo.values import UserError
 __all__ = ["SCRIPTS", "Settings", "UserError", "run_script", "use"]
 
 SCRIPTS = Path(__file__).resolve().parent.parent  # code_and_slurm-scripts/
-SQLITE_PREFIX = "sqlite:///"
-SERVER_URLS = ("postgresql", "mysql", "journal", "grpc")  # besides sqlite; see hpo/study/opening.py
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "bruteforce", "nsgaii", "gp", "qmc")
-PRUNERS = ("median", "percentile", "halving", "hyperband", "wilcoxon", "none")
+PRUNERS = ("halving", "median", "percentile", "hyperband", "wilcoxon", "none")
 DIRECTIONS = ("minimize", "maximize")
+FINALISTS = 5  # best configurations that run again, with FINAL_SEEDS
 TRAIN_IMAGES = 50_000  # most images that a trial trains on, whatever a script counts as one
 
 
@@ -55,12 +53,16 @@ VARIABLES = (
     Variable("DIRECTION", "minimize", "minimize or maximize; one for each of OBJECTIVES"),
     Variable("OBJECTIVES", "", "loss,parameters: those of the script to use; its first alone"),
     Variable("SAMPLER", "tpe", "how parameters are chosen; tpe:n_startup_trials=20 sets options"),
-    Variable("PRUNER", "median", "which trials are stopped; median:n_warmup_steps=2 likewise"),
+    Variable("PRUNER", "halving", "which trials are stopped; median:n_warmup_steps=2 likewise"),
     Variable("FIX", "", "batch_size=64,…: parameters that are not searched"),
+    Variable("KNOWN_GOOD", "", "a JSON file: a list of configurations that are tried first"),
+    Variable("FROM_STUDY", "", "a study, or FILE:STUDY; its five best configurations go first"),
+    Variable("FINAL_SEEDS", "0", "3: the last 10 trials run the best five again, for 3 seeds each"),
     Variable("STOP_VALUE", "", "a value that is good enough: it ends the study"),
     Variable("SEED", "", "of the samplers; repeatable with one worker on a new study"),
     Variable("TRAIN_IMAGES", str(TRAIN_IMAGES), "images a trial trains on; fewer for a quick try"),
     Variable("DATA", "", "a data file of your own, for scripts that use it (pairs of texts)"),
+    Variable("MODEL", "", "the folder of a language model, for scripts that use it"),
     Variable("SMALL", "0", "1: the script's search space for a laptop, where it has one"),
     Variable("WORKERS_PER_GPU", "1", "workers that share one GPU, 1 to 16"),
     Variable("GPUS_PER_TRIAL", "1", "GPUs that share one trial, 1 to 8"),
@@ -88,19 +90,23 @@ class Settings:
     pruner: str
     pruner_options: dict[str, Any]
     fixed: dict[str, Any]  # parameters that have one value in every trial
+    known_good: Path | None  # a file with configurations that are tried first
+    from_study: tuple[str, str] | None  # STUDY_DB and STUDY_NAME of another one
+    final_seeds: int  # with how many each of the best configurations is trained at the end
     stop_value: float | None
     seed: int | None
     train_images: int
     workers_per_gpu: int  # the launch scripts start them
     gpus_per_trial: int  # hpo/train/ddp.py
     data: Path | None  # a file of the user's own; None for the data of the script
+    model: Path | None  # the folder of a language model
     small: bool  # the script's search space for a laptop
     keep_best: int  # trials whose weights are kept
     max_attempts: int
     lease_grace: float  # seconds
     rank: int  # of this worker among the workers of its job: 0, 1, …
     token: str  # of this process, from the script that keeps it running; "" without one
-    job_id: str  # of Slurm, with ".1" after the first requeue; "" outside of it
+    job_id: str  # of Slurm: "12@ann", "12.1@ann" after the first requeue; "" outside of it
     job_end: float  # Unix seconds; infinite where nothing ends the job
     drain_file: Path | None  # workers stop when it exists
     alive_jobs: frozenset[str] | None  # ids; None where nobody asked Slurm
@@ -122,9 +128,29 @@ class Settings:
     @property
     def sqlite_path(self) -> Path | None:
         """The file of an SQLite study; None where a server keeps the study."""
-        if self.study_db.startswith(SQLITE_PREFIX):
-            return Path(self.study_db[len(SQLITE_PREFIX) :])
+        if self.study_db.startswith(values.SQLITE_PREFIX):
+            return Path(self.study_db[len(values.SQLITE_PREFIX) :])
         return None
+
+    @property
+    def final_runs(self) -> int:
+        """How many of the study's trials, its last ones, run the best configurations again."""
+        return FINALISTS * max(self.final_seeds - 1, 0)
+
+    @property
+    def postgresql_url(self) -> str:
+        """The URL of a PostgreSQL study, for its driver, with the password; "" for any other."""
+        return self.study_db if self.study_db.startswith("postgresql:") else ""
+
+    @property
+    def shown_db(self) -> str:
+        """STUDY_DB as it may be shown to people: without a password."""
+        return values.without_password(self.study_db)
+
+    @property
+    def database(self) -> str:
+        """The name of the database among files: study.db, or one that is a server's alone."""
+        return self.sqlite_path.name if self.sqlite_path else values.server_name(self.study_db)
 
     @property
     def beside(self) -> Path:
@@ -133,7 +159,12 @@ class Settings:
 
     @property
     def backup_path(self) -> Path | None:
-        """Where the copy of an SQLite study is kept while workers run, beside study.db."""
+        """Where the copy of the study is kept while workers run: beside study.db, or the scripts.
+
+        An SQLite file either way.  None where the storage is Optuna's own.
+        """
+        if self.postgresql_url:
+            return SCRIPTS / f"{self.database}.{self.study_name}.backup"
         path = self.sqlite_path
         return path.with_name(f"{path.name}.backup") if path else None
 
@@ -141,10 +172,9 @@ class Settings:
     def checkpoints(self) -> Path:
         """The folder of this study's checkpoints and weights, beside study.db.
 
-        Two databases may hold studies of one name, so that of the file is in it, too.
+        Two databases may hold studies of one name, so that of the database is in it, too.
         """
-        database = self.sqlite_path.name if self.sqlite_path else ""
-        return self.beside / "checkpoints" / database / self.study_name
+        return self.beside / "checkpoints" / self.database / self.study_name
 
     @property
     def worker(self) -> str:
@@ -159,8 +189,9 @@ class Settings:
     def inputs(self) -> dict[str, str]:
         """What all trials of a study must have in common, as it was given: DATA, SMALL, …"""
         found = {"SMALL": "1"} if self.small else {}
-        if self.data:  # relative: the bundle may be moved
-            found["DATA"] = os.path.relpath(self.data, SCRIPTS)
+        for name, path in (("DATA", self.data), ("MODEL", self.model)):
+            if path:  # relative: the bundle may be moved
+                found[name] = os.path.relpath(path, SCRIPTS)
         if self.train_images != TRAIN_IMAGES:
             found["TRAIN_IMAGES"] = str(self.train_images)
         return found
@@ -193,7 +224,8 @@ def run_script(main: Callable[[], int]) -> None:
         try:
             status = main()
         except UserError as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            text = values.without_password(error)  # a driver may say to what it could not connect
+            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
             status = 2
         except gpu.Unusable as unusable:
             print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
@@ -219,12 +251,14 @@ def _read(environment: Mapping[str, str]) -> Settings:
         raise UserError("SAMPLER=cmaes has one objective only; for several use nsgaii or tpe")
     if env["GPUS_PER_TRIAL"] != "1" and env["WORKERS_PER_GPU"] != "1":
         raise UserError("GPUS_PER_TRIAL and WORKERS_PER_GPU: only one of them can be more than 1")
+    study = study_url(env["STUDY_DB"]), values.study_name(env["STUDY_NAME"])
+    total_trials = values.integer(env, "TOTAL_TRIALS", 1)
     return Settings(
-        study_db=_study_url(env["STUDY_DB"]),
-        study_name=values.study_name(env["STUDY_NAME"]),
-        total_trials=values.integer(env, "TOTAL_TRIALS", 1),
+        study_db=study[0],
+        study_name=study[1],
+        total_trials=total_trials,
         total_is_given="TOTAL_TRIALS" in given,
-        py_script=_py_script(env["PY_SCRIPT"]),
+        py_script=values.py_script(env["PY_SCRIPT"], SCRIPTS),
         script_args=values.arguments(env["SCRIPT_ARGS"], "SCRIPT_ARGS"),
         directions=values.directions(env["DIRECTION"], DIRECTIONS, max(1, len(objectives))),
         objectives=objectives,
@@ -233,12 +267,16 @@ def _read(environment: Mapping[str, str]) -> Settings:
         pruner=pruner,
         pruner_options=pruner_options,
         fixed=values.pairs(env["FIX"], "FIX"),
+        known_good=_file_of(env, "KNOWN_GOOD"),
+        from_study=values.other_study(env["FROM_STUDY"], study, study_url),
+        final_seeds=values.final_seeds(env, FINALISTS, total_trials, len(objectives)),
         stop_value=values.number(env, "STOP_VALUE") if env["STOP_VALUE"] else None,
         seed=values.integer(env, "SEED", 0, 2**32 - 1) if env["SEED"] else None,
         train_images=values.integer(env, "TRAIN_IMAGES", 128, TRAIN_IMAGES),
         workers_per_gpu=values.integer(env, "WORKERS_PER_GPU", 1, 16),
         gpus_per_trial=values.integer(env, "GPUS_PER_TRIAL", 1, 8),
-        data=values.readable_file(SCRIPTS / env["DATA"], "DATA") if env["DATA"] else None,
+        data=_file_of(env, "DATA"),
+        model=values.readable_folder(SCRIPTS / env["MODEL"], "MODEL") if env["MODEL"] else None,
         small=values.choice(env, "SMALL", ("0", "1")) == "1",
         keep_best=values.integer(env, "KEEP_BEST", 1),
         max_attempts=values.integer(env, "MAX_ATTEMPTS", 1),
@@ -251,8 +289,10 @@ def _job(given: Mapping[str, str]) -> dict[str, Any]:
     """Return what the launch scripts and Slurm set."""
     rank = "WORKER_RANK" if "WORKER_RANK" in given else "SLURM_PROCID"
     restarts = given.get("SLURM_RESTART_COUNT", "0")
-    # A requeued job keeps its number, but the workers that it had before are dead.
-    job_id = given.get("SLURM_JOB_ID", "") + (f".{restarts}" if restarts != "0" else "")
+    job_id = given.get("SLURM_JOB_ID", "")
+    if job_id:  # a requeued job keeps its number, but the workers that it had before are dead
+        user = given.get("SLURM_JOB_USER") or str(os.getuid())
+        job_id += (f".{restarts}" if restarts != "0" else "") + f"@{user}"
     end = "SLURM_JOB_END_TIME"
     return {
         "rank": values.integer({rank: "0", **given}, rank, 0),
@@ -264,32 +304,13 @@ def _job(given: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _py_script(text: str) -> str:
-    """Return the path of the script from SCRIPTS: the bundle may be moved, and have subfolders."""
-    path = os.path.relpath(SCRIPTS / text, SCRIPTS)
-    if not path.endswith(".py") or len(os.fsencode(path)) > 250:
-        raise UserError(f"PY_SCRIPT={text!r} is no Python script; give its name, e.g. my_model.py")
-    return path
+def study_url(text: str) -> str:
+    """Return STUDY_DB in the form that the bundle uses.  Raises UserError if it is not legal."""
+    return values.study_url(text, SCRIPTS)
 
 
-def _study_url(text: str) -> str:
-    scheme = urlsplit(text).scheme.split("+")[0]
-    if text.startswith(SQLITE_PREFIX) and len(text) > len(SQLITE_PREFIX):
-        # Relative paths start at the scripts' folder, not at the cwd; an absolute right-hand side
-        # replaces SCRIPTS.
-        path = values.database_file(text, SCRIPTS / text[len(SQLITE_PREFIX) :])
-        return f"{SQLITE_PREFIX}{path}"
-    if scheme in SERVER_URLS and "://" in text:
-        return text
-    raise UserError(
-        f"STUDY_DB={text!r} is no URL that can be used here; "
-        "give sqlite:///study.db (or sqlite:////absolute/path/study.db)"
-    )
-
-
-def in_force() -> dict[str, str]:
-    """Return the text of every variable: what the environment says, or its default."""
-    return {name: os.environ.get(name) or default for name, default in DEFAULTS.items()}
+def _file_of(env: Mapping[str, str], name: str) -> Path | None:
+    return values.readable_file(SCRIPTS / env[name], name) if env[name] else None
 
 
 def print_table() -> int:
@@ -303,10 +324,15 @@ def print_table() -> int:
         words = [f"{n}={shlex.quote(v)}" for n, v in in_force().items() if v != DEFAULTS[n]]
         print(" ".join(words))
         return 0
-    set_to = in_force()
     for variable in VARIABLES:
-        print(f"{variable.name:16} {set_to[variable.name] or '-':20} {variable.says}")
+        print(f"{variable.name:16} {in_force()[variable.name] or '-':20} {variable.says}")
     return 0
+
+
+def in_force() -> dict[str, str]:
+    """Return the text of every variable: of the environment, or its default; no password."""
+    set_to = {name: os.environ.get(name) or default for name, default in DEFAULTS.items()}
+    return {name: values.without_password(value) for name, value in set_to.items()}
 
 
 if __name__ == "__main__":

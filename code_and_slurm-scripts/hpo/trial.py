@@ -29,8 +29,9 @@ from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
 from hpo.site import fault_of
 from hpo.study.optuna_private import storage_of, trial_id
-from hpo.study.storage import SQLiteStorage
-from hpo.study.trials import best_trials
+from hpo.study.served import Leased
+from hpo.study.trials import to_keep
+from hpo.values import without_password
 from hpo.words import one_line
 
 Objective: TypeAlias = Callable[[optuna.Trial], Any]
@@ -149,7 +150,7 @@ def _finish(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
 
 def _give_back(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
     storage = storage_of(study)
-    if isinstance(storage, SQLiteStorage):
+    if isinstance(storage, Leased):
         if storage.return_trial(trial_id(trial), excused=bool(outcome.site)) == TrialState.FAIL:
             outcome.state = TrialState.FAIL
             frozen = storage.get_trial(trial_id(trial))
@@ -163,12 +164,12 @@ def tidy(study: optuna.Study) -> None:
     settings = Settings.from_env()
     trials = study.get_trials(deepcopy=False)
     finished = {trial.number for trial in trials if trial.state.is_finished()}
-    checkpoint.tidy(finished, {trial.number for trial in best_trials(study, settings.keep_best)})
+    checkpoint.tidy(finished, to_keep(study, settings.keep_best))
 
 
 def reason_of(error: BaseException) -> str:
     """Return one line for the user attribute `fail_reason`."""
-    text = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
+    text = f"{type(error).__name__}: {without_password(one_line(error))}".removesuffix(": ")
     # torch reports a full GPU with a class of its own and a full CPU with a RuntimeError.
     exhausted = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if exhausted or "can't allocate memory" in str(error):

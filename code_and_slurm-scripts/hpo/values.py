@@ -7,9 +7,15 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha1
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+SQLITE_PREFIX = "sqlite:///"
+# Besides sqlite; see hpo/study/opening.py.
+SERVER_URLS = ("postgresql", "postgres", "mysql", "journal", "grpc")
 
 
 class UserError(Exception):
@@ -124,6 +130,15 @@ def readable_file(path: Path, name: str) -> Path:
     return path
 
 
+def readable_folder(path: Path, name: str) -> Path:
+    """Return the path; what is in the folder, its reader checks. Raises UserError."""
+    if not path.is_dir():
+        raise UserError(f"{name}: {path} is no folder")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{name}: no permission to read {path}")
+    return path
+
+
 def database_file(url: str, path: Path) -> Path:
     """Return the path of an SQLite study that can be there. Raises UserError."""
     if len(os.fsencode(path.name)) > 200:  # its journal, copies and folders have longer names
@@ -141,8 +156,124 @@ def database_file(url: str, path: Path) -> Path:
     return path
 
 
+def server_url(text: str) -> str:
+    """Return the URL of a database server, PostgreSQL's as libpq takes it.
+
+    Raises UserError, which does not show the URL: a part of a password may stand anywhere in it.
+    """
+    scheme, _, rest = text.partition("://")
+    scheme = scheme.split("+")[0] if scheme.startswith("postgres") else scheme
+    if scheme not in ("postgresql", "postgres"):
+        login = rest.rpartition("@")[0] if scheme.startswith("mysql") else ""
+        if re.search(r"[/?#@\s]", login):  # readers of URLs do not agree on what it means
+            raise UserError("STUDY_DB: in a password write / ? # @ as %2F %3F %23 %40")
+        return text
+    user, at, place = rest.rpartition("@")
+    host, _, path = place.partition("/")
+    form = "postgresql://user:password@host/database"
+    if re.search(r"[/?#@\s]|%(?![0-9a-fA-F]{2})", user) or user.count(":") > 1:
+        raise UserError(
+            f"STUDY_DB is no {form}: in a password write / ? # @ : % as %2F %3F %23 %40 %3A %25"
+        )
+    if unquote(user.partition(":")[2]) == "***":
+        raise UserError("STUDY_DB: put the password in the place of ***, or in ~/.pgpass")
+    if not re.fullmatch(r"(?:[^:\[\]]*|\[[^\]]*\])(?::\d*)?", host) and "," not in host:
+        raise UserError(f"STUDY_DB is no {form}: the port is a number")
+    if not path.partition("?")[0]:
+        raise UserError(f"STUDY_DB names no database; give {form}")
+    return f"postgresql://{user}{at}{place}"
+
+
+def password_of(url: str) -> set[str]:
+    """Return the passwords in a URL, as they stand there and as they are."""
+    user = url.partition("://")[2].rpartition("@")[0]
+    found = {user.partition(":")[2], *re.findall(r"[?&]\w*password=([^&]*)", url)}
+    return {word for text in found if text for word in (text, unquote(text))}
+
+
+def without_password(text: object) -> str:
+    """Return a text in which no URL has its password any more: whatever is printed or stored.
+
+    Those before the host (postgresql://user:***@host), and those in the options of a URL or of a
+    driver (password=***).
+    """
+    found = re.sub(r"(\w://[^\s/:@]*):\S*@", r"\1:***@", str(text))
+    return re.sub(r"(?i)\b(\w*(?:password|passwd|pwd)=)[^\s&]+", r"\1***", found)
+
+
+def server_name(url: str) -> str:
+    """Return a name for files of the database behind a URL: no two databases share it."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    host = parts.netloc.rpartition("@")[2].lower() or query.get("host", "local")
+    scheme = parts.scheme.split("+")[0]
+    port = f":{query['port']}" if "port" in query else ""
+    place = f"{host}{port}".removesuffix(":5432" if scheme == "postgresql" else ":")
+    text = f"{scheme}-{parts.path.lstrip('/')}@{place}{query.get('options', '')}"
+    name = re.sub(r"[^\w.@-]", "_", text, flags=re.ASCII)[:100]
+    return name if name == text else f"{name}-{sha1(text.encode()).hexdigest()[:8]}"
+
+
 def check_writable(path: Path) -> None:
     """Raise UserError where SQLite could not write, which takes the folder, too: its journal."""
     for needed in (path.parent, path):
         if needed.exists() and not os.access(needed, os.W_OK):
             raise UserError(f"STUDY_DB: no permission to write {needed}")
+
+
+def final_seeds(env: Mapping[str, str], finalists: int, total: int, objectives: int) -> int:
+    """Return FINAL_SEEDS: 0 for none, or so many that TOTAL_TRIALS leaves a search. Raises."""
+    seeds = integer(env, "FINAL_SEEDS", 0, 20)
+    if seeds > 1 and objectives > 1:
+        raise UserError("FINAL_SEEDS ranks by a mean of one objective; for several give 0")
+    if seeds > 1 and total < finalists * seeds:
+        raise UserError(
+            f"FINAL_SEEDS={seeds} takes {finalists * (seeds - 1)} of TOTAL_TRIALS={total}; give "
+            f"TOTAL_TRIALS={finalists * seeds} or more, or FINAL_SEEDS=0"
+        )
+    return seeds
+
+
+def other_study(
+    text: str, own: tuple[str, str], url_of: Callable[[str], str]
+) -> tuple[str, str] | None:
+    """Return STUDY_DB and STUDY_NAME of FROM_STUDY; None without it. Raises UserError."""
+    if not text:
+        return None
+    database, _, name = text.rpartition(":")
+    try:
+        url = database if "://" in database else f"{SQLITE_PREFIX}{database}"
+        found = (url_of(url) if database else own[0]), study_name(name)
+    except UserError:  # its words are about STUDY_DB, and show a password
+        raise UserError(
+            "FROM_STUDY names no study; give the NAME of one in STUDY_DB, or FILE:NAME or URL:NAME,"
+            " e.g. FROM_STUDY=old.db:mnist_hpo"
+        ) from None
+    if found == own:
+        raise UserError(f"FROM_STUDY={name} is the study itself; name another one")
+    return found
+
+
+def py_script(text: str, folder: Path) -> str:
+    """Return the path of the script from `folder`: the bundle may be moved, and have subfolders."""
+    path = os.path.relpath(folder / text, folder)
+    if not path.endswith(".py") or len(os.fsencode(path)) > 250:
+        raise UserError(f"PY_SCRIPT={text!r} is no Python script; give its name, e.g. my_model.py")
+    return path
+
+
+def study_url(text: str, folder: Path) -> str:
+    """Return STUDY_DB in the form that the bundle uses.  Raises UserError if it is not legal."""
+    scheme = urlsplit(text).scheme.split("+")[0]
+    if text.startswith(SQLITE_PREFIX) and len(text) > len(SQLITE_PREFIX):
+        # Relative paths start at `folder`, not at the cwd; an absolute right-hand side replaces it.
+        path = database_file(text, folder / text[len(SQLITE_PREFIX) :])
+        return f"{SQLITE_PREFIX}{path}"
+    if scheme in SERVER_URLS and "://" in text:
+        return server_url(text)
+    shown = without_password("".join(text.split()))  # a blank would divide a password
+    raise UserError(
+        f"STUDY_DB={shown!r} is no URL that can be used here; "
+        "give sqlite:///study.db (or sqlite:////absolute/path/study.db), or "
+        "postgresql://user:password@host/database"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,11 +35,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def without_password(url: str) -> str:
-    """Return the URL of a database as it may be shown."""
-    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
-
-
 def one_line(text: object, most: int = 500) -> str:
     """Return the first line of a text that has one; "" otherwise."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
@@ -57,6 +51,12 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return value
+
+
+def with_tuples(value: Any) -> Any:
+    """Return a choice as search_space has it: tuples where JSON has made lists of them."""
+    value = plain(value)
+    return tuple(map(with_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -8,11 +8,12 @@ How a worker ends, and with which exit status:
 
     0   the study has its TOTAL_TRIALS trials, or has been stopped, or the worker was asked to stop:
         DRAIN_FILE, or the job's end near   finish the epoch, give the trial back to the queue
-        SIGTERM, Ctrl-C                     give it back at once (the running epoch is lost)
+        SIGTERM, Ctrl-C, the job's end      give it back at once (the running epoch is lost)
     1   the same failure again and again: the objective itself is broken; or most trials failed
         or a GPU was promised, and there is none
     2   a setting is wrong (hpo/settings.py)
     70, 71  CUDA has failed for good (hpo/gpu.py): hpo/job/keep_running.sh starts a new process
+    74  the job's end came in a call that cannot be interrupted: its trial goes back, too
     75  the site: study.db or a disk cannot be used, for minutes; the trial goes back to the queue
 
 One bad trial (out of memory, a loss that is no number, whatever leaves the objective) is recorded
@@ -28,7 +29,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache, partial
 
 import optuna
@@ -38,18 +38,22 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo import gpu, script
 from hpo import settings as process
 from hpo.drain import Drain, DrainingPruner
-from hpo.search.guard import GuardedPruner, GuardedSampler, SearchFailed
+from hpo.search import finals
+from hpo.search.given import equip
+from hpo.search.guard import SearchFailed
+from hpo.search.known import begin_with, known_for
 from hpo.search.objectives import check_objectives
-from hpo.search.pruners import check_search, make_pruner
+from hpo.search.pruners import check_search
 from hpo.search.remembered import Plan, adopt_space, plan_of
-from hpo.search.samplers import assign, make_sampler, sampler_seed
 from hpo.settings import Settings, UserError, use
 from hpo.site import SITE_FAULT, Patience, SiteFault
-from hpo.study.opening import create_or_open_study
+from hpo.study.engines.postgresql import ServerAway
+from hpo.study.engines.sqlite_errors import DiskFull, StudyBusy
+from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id, trial_id
-from hpo.study.served import ServedStorage
-from hpo.study.storage import NoTrialLeft, SQLiteStorage
-from hpo.study.trials import best_trials, count, same_reason, without_best
+from hpo.study.served import Leased, ServerGone
+from hpo.study.storage import NoTrialLeft
+from hpo.study.trials import best_line, best_searched, count, same_reason
 from hpo.study.upkeep import Upkeep
 from hpo.trial import (
     Objective,
@@ -58,6 +62,7 @@ from hpo.trial import (
     let_several_objectives_report,
     run_trial,
 )
+from hpo.values import without_password
 from hpo.words import parameters, shown, values
 
 SAME_FAILURES = 3, 6  # in a row, before and after a success: then it is not the parameters
@@ -97,13 +102,22 @@ def run_worker(objective: Objective) -> int:
     if prepare := me.offers("prepare"):
         prepare()
     drain = Drain(settings.job_end, settings.drain_file)
+    drain.watch_the_end()
     plan = plan_of(settings, me)
-    study = create_or_open_study(settings)
-    adopt_space(study, settings, plan)
-    settings = use(_prepare(study, settings, plan))
-    study.pruner = DrainingPruner(study.pruner, drain)
-    gpu.check(start=settings.gpus_per_trial == 1)
+    found = known_for(settings, me, plan)
+    patience = Patience(settings.lease_grace, drain)
     try:
+        study = patience.call(partial(_open, settings))
+    except SiteFault as error:
+        log.error("%s", error)
+        return SITE_FAULT
+    patience.restore()
+    try:
+        adopt_space(study, settings, plan)
+        plan.known = begin_with(study, found)
+        settings = use(equip(study, settings, plan))
+        study.pruner = DrainingPruner(study.pruner, drain)
+        gpu.check(start=settings.gpus_per_trial == 1)
         with Upkeep(study, settings) as upkeep:
             return _Loop(study, settings, plan, drain).run(objective, upkeep)
     except (SiteFault, StorageInternalError) as error:
@@ -111,16 +125,14 @@ def run_worker(objective: Objective) -> int:
         return SITE_FAULT
 
 
-def _prepare(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
-    """Give the study its sampler and pruner; return the settings with its real TOTAL_TRIALS."""
-    seed = sampler_seed(settings.seed, settings.rank, len(study.get_trials(deepcopy=False)))
-    sampler = make_sampler(settings, seed, space=plan.space, combinations=plan.combinations)
-    study.sampler = GuardedSampler(sampler)
-    if len(study.directions) > 1 and settings.pruner != "none":
-        log.info("several objectives: nothing is pruned (PRUNER=%s is not used)", settings.pruner)
-        settings = replace(settings, pruner="none", pruner_options={})
-    study.pruner = GuardedPruner(make_pruner(settings))
-    return settings
+def _open(settings: Settings) -> optuna.Study:
+    """Open the study; a disk or a server that is away is the site's fault, all else the user's."""
+    try:
+        return create_or_open_study(settings)
+    except UserError as error:
+        if isinstance(error.__cause__, (DiskFull, StudyBusy, ServerAway, ServerGone)):
+            raise error.__cause__ from None
+        raise
 
 
 class _Loop:
@@ -194,18 +206,17 @@ class _Loop:
             except SearchFailed:  # the trial was claimed before its parameters were chosen
                 _give_back_all(self.study)
                 raise
+            finals.mark(self.study, self.settings, self.plan, trial)
             self.study.stop = partial(trial.set_user_attr, STOPS, True)  # type: ignore[method-assign]
             if len(self.study.directions) > 1:
                 let_several_objectives_report(trial)
             return trial, True
 
     def limit(self, trials: Sequence[FrozenTrial]) -> int:
-        """Return with how many trials the study ends: a finite space ends when all was tried."""
-        total = self.settings.total_trials
-        if self.plan.combinations:
-            total = min(total, len(trials) + assign(self.plan.combinations, trials)[1])
+        """Return how many trials the study may have now (see hpo/search/finals.py)."""
+        total = finals.limit(self.study, self.settings, self.plan, trials)
         storage = storage_of(self.study)
-        if isinstance(storage, SQLiteStorage):
+        if isinstance(storage, Leased):
             storage.total_trials = total
         return total
 
@@ -216,7 +227,7 @@ class _Loop:
                 return f"trial {trial.number} has stopped the study"
         wanted = self.settings.stop_value
         if wanted is not None and len(self.study.directions) == 1:
-            best = best_trials(self.study, 1)
+            best = best_searched(self.study, 1)
             maximize = self.study.direction == optuna.study.StudyDirection.MAXIMIZE
             if best and (best[0].values[0] >= wanted if maximize else best[0].values[0] <= wanted):
                 return f"trial {best[0].number} has reached STOP_VALUE={shown(wanted)}"
@@ -249,6 +260,8 @@ class _Loop:
         elif self.drain.is_due():
             log.info("asked to stop, or the job's end is near: no further trial")
             return 0
+        elif text := stuck(self.study, counts):
+            log.warning("there is no other trial to claim, but %s", text)
         else:
             log.info("the study has its %d trials", self.limit(trials))
         if counts.failed > counts.finished / 2:
@@ -260,14 +273,14 @@ class _Loop:
 def _others_run(study: optuna.Study) -> bool:
     """Whether a worker that can lose its lease still runs a trial; others return nothing."""
     storage = storage_of(study)
-    if isinstance(storage, (SQLiteStorage, ServedStorage)):
+    if isinstance(storage, Leased):
         return storage.count_leases(study_id(study)) > 0
     return False
 
 
 def _give_back_all(study: optuna.Study) -> None:
     storage = storage_of(study)
-    if isinstance(storage, SQLiteStorage):
+    if isinstance(storage, Leased):
         storage.return_held()
 
 
@@ -287,13 +300,14 @@ def _log_end(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, seconds
     elif outcome.reason:
         what = f"failed ({outcome.reason})"
     line = f"trial {trial.number} {what} after {seconds:.1f} s ({parameters(trial.params)})"
-    if len(study.directions) > 1:
-        line += f"; {len(study.best_trials)} trials in the Pareto front"
-    elif best := best_trials(study, 1):
-        line += f"; best so far {values(best[0].values)} (trial {best[0].number})"
-    else:
-        line += f"; {without_best(study)}"
-    log.info(line)
+    log.info("%s; %s", line, best_line(study))
+
+
+class _Lines(logging.Formatter):
+    """What a worker logs; an error of a driver, or its traceback, may hold the URL of the study."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_password(super().format(record))
 
 
 def _log_to_stdout(settings: Settings) -> None:
@@ -304,7 +318,5 @@ def _log_to_stdout(settings: Settings) -> None:
     mine.setLevel(logging.INFO)
     mine.propagate = False
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(
-        logging.Formatter(f"%(asctime)s {settings.worker}: %(message)s", datefmt="%H:%M:%S")
-    )
+    handler.setFormatter(_Lines(f"%(asctime)s {settings.worker}: %(message)s", datefmt="%H:%M:%S"))
     mine.handlers[:] = [handler]

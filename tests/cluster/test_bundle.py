@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,9 +81,9 @@ class Bundle:
         path.write_text(f"{live}\nset -euo{rest}")
         return path.name
 
-    def insert(self, line: str, before: str) -> None:
-        """Insert a line into this copy's optuna_mnist.py, before every line that begins so."""
-        path = self.cluster.shared / self.scripts.lstrip("/") / "optuna_mnist.py"
+    def insert(self, line: str, before: str, script: str = "optuna_mnist.py") -> None:
+        """Insert a line into this copy's script, before every line that begins so."""
+        path = self.cluster.shared / self.scripts.lstrip("/") / script
         edited, times = re.subn(
             rf"^( +)({re.escape(before)})", rf"\1{line}\n\1\2", path.read_text(), flags=re.MULTILINE
         )
@@ -99,14 +100,22 @@ class Bundle:
         state = self.cluster.wait_end(job, timeout)
         assert state == "COMPLETED", f"job {job}: {state}\n{self.log(job)}"
 
-    def trials(self, study: str = "study.db") -> list[tuple[int, str]]:
-        """Return number and state of every trial of the one study in that file."""
+    def asked(self, query: str, study: str = "study.db") -> list[tuple[Any, ...]]:
+        """Return what the study in that file answers; nothing before there is one."""
         path = self.cluster.shared / self.scripts.lstrip("/") / study
         if not path.exists():
             return []
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=30)) as database:
-            rows = database.execute("SELECT number, state FROM trials ORDER BY number")
-            return [(number, state) for number, state in rows]
+            return database.execute(query).fetchall()
+
+    def trials(self, study: str = "study.db") -> list[tuple[int, str]]:
+        """Return number and state of every trial of the one study in that file."""
+        return self.asked("SELECT number, state FROM trials ORDER BY number", study)
+
+    def epochs_of(self, number: int) -> list[int]:
+        """Return the epochs that the program of a trial has told, in its log."""
+        log = self.cluster.read(f"{self.folder}/logs/mnist_hpo.trial-{number:05d}.out")
+        return [int(epoch) for epoch in re.findall(r"^epoch (\d+):", log, re.MULTILINE)]
 
     def wait_finished(self, least: int, timeout: float = 180) -> None:
         """Wait until at least so many trials are finished, while others run."""
@@ -260,7 +269,7 @@ def test_broken_locks(bundle: Bundle) -> None:
     with bundle.cluster.broken_locks():
         job = bundle.submit()
         bundle.finish(job)
-    assert "Locks do not hold between the nodes" in bundle.log(job)
+    assert "The nodes cannot share the file: one process on" in bundle.log(job)
     bundle.done("locks that hold on one host only", [job], start)
 
 
@@ -310,14 +319,22 @@ for number in json.loads(sys.argv[1]):
 def test_deadline_and_chain(bundle: Bundle) -> None:
     """Before the time limit the workers stop by themselves, and the job submits its successor.
 
-    A trial that was interrupted has the curve of one that never was, to the last bit.
+    So does one that would be in an epoch for longer.  A trial that was interrupted has the curve of
+    one that never was, to the last bit.  What sbatch is given holds for all jobs, and all tasks.
     """
     start = time.monotonic()
-    # Too long for one job on the fastest machine, and for a few more only on a slow one.
-    bundle.insert("import time; time.sleep(6)", before="loss, _ = evaluate(")
+    # Too long for one job on the fastest machine, and for a few more only on a slow one; but for
+    # one epoch, which would never end.
+    seconds = 'open("long", "w") and 600 if not trial.number and not os.path.exists("long") else 6'
+    bundle.insert(f"import os, time; time.sleep({seconds})", before="loss, _ = evaluate(")
     settings = {"TOTAL_TRIALS": "24", "TRAIN_IMAGES": "2000", "PRUNER": "none"}
-    jobs = [bundle.submit("--time=3", CHAIN_JOBS="9", **settings)]
+    given = {**QUICK, **settings, "CHAIN_JOBS": "99"}
+    export = "--export=" + ",".join(f"{name}={value}" for name, value in given.items())
+    jobs = [bundle.submit("--time=3", "--mem=100G", "--exclude=n3", export)]
     bundle.finish(jobs[0])
+    first = "".join(bundle.log(jobs[0], worker) for worker in range(4))
+    assert "the job ends in 45 s: the running epoch is interrupted" in first, first
+    assert "trial 0 back to the queue" in first
     states = Counter(state for _, state in bundle.trials())
     assert states["RUNNING"] + states["FAIL"] == 0, states
     assert "The study is complete." not in bundle.log(jobs[0])
@@ -325,7 +342,9 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
         found = re.search(r"^Submitted batch job (\d+)$", bundle.log(jobs[-1]), re.MULTILINE)
         assert found, bundle.log(jobs[-1])
         jobs.append(int(found[1]))
-        assert bundle.cluster.job(jobs[-1])["TimeLimit"] == "00:03:00"  # as that of the first
+        has = bundle.cluster.job(jobs[-1])  # as the first
+        assert (has["TimeLimit"], has["MinMemoryNode"]) == ("00:03:00", "100G")
+        assert (has["ExcNodeList"], has["NumNodes"]) == ("n3", "2"), has
         bundle.finish(jobs[-1])
     assert "Submitted" not in bundle.log(jobs[-1])
     bundle.done(f"time limit, chain of {len(jobs)} jobs", jobs, start, total=24)
@@ -361,6 +380,85 @@ def test_larger_model(bundle: Bundle) -> None:
     bundle.finish(both)
     bundle.done("  … each trial on both GPUs of a node", [both], start, total=4, study="both.db")
     assert bundle.workers(both) == {0: "n1", 1: "n2"}
+
+
+def test_another_site(bundle: Bundle) -> None:
+    """The header of OTHER_SITE.txt, and the Python of a module in the place of a container.
+
+    No file is for others to read, and the site sets a TMPDIR that is not there.
+    """
+    start = time.monotonic()
+    here = bundle.cluster.shared / bundle.scripts.lstrip("/")
+    header = re.findall(r"^    (#SBATCH .*)$", (here / "OTHER_SITE.txt").read_text(), re.M)
+    old, _, rest = (here / SCRIPT).read_text().partition("\nset -euo")
+    kept = [line for line in old.splitlines() if re.match(r"#SBATCH --(job|out|open|sig)", line)]
+    module = f"PATH={bundle.folder}/bin:$PATH; umask 077; export TMPDIR=/none"
+    body = rest.replace("# module load …", module, 1)
+    assert module in body
+    (here / "ours.sh").write_text("\n".join(["#!/bin/bash", *kept, *header, f"set -euo{body}"]))
+    python = here.parent / "bin" / "python3"
+    python.parent.mkdir()
+    command = f"exec apptainer exec --bind /work {bundle.cluster.image} python"
+    python.write_text(f'#!/bin/bash\n{command} "$@"\n')
+    python.chmod(0o755)
+    job = bundle.submit(script="ours.sh", CONTAINER="", TOTAL_TRIALS="3", BINDS="/none")
+    bundle.finish(job)
+    bundle.done("another site, without a container", [job], start, total=3)
+    assert (bundle.cluster.job(job)["Partition"], list(bundle.workers(job))) == ("gpu", [0, 1])
+    assert (here / "study.db").stat().st_mode & 0o077 == 0
+
+
+UNINTERRUPTED = """
+import json, subprocess, sys
+import optuna
+
+study = optuna.load_study(study_name="mnist_hpo", storage="sqlite:///study.db")
+for number in json.loads(sys.argv[1]):
+    trial = study.trials[number]
+    values = {**trial.params, "epochs": 10, "seed": number}
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "example_program.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+    known = [trial.intermediate_values[step] for step in range(1, 11)]
+    print(number, known == losses and trial.value == losses[-1], known, losses)
+"""
+
+
+def test_any_program(bundle: Bundle) -> None:
+    """optuna_command.py: scancel in mid-trial; a job on other nodes goes on with the trials.
+
+    To the values of programs that nobody has interrupted, to the last bit.
+    """
+    start = time.monotonic()
+    slower = "import time; time.sleep(0.7 * bool(options.folder))"
+    bundle.insert(slower, before="loss = sum(", script="example_program.py")
+    settings = {"PY_SCRIPT": "optuna_command.py", "FIX": "epochs=10", "PRUNER": "none"}
+    first = bundle.submit(TOTAL_TRIALS="4", **settings)
+    epochs = "SELECT count(*) FROM trial_intermediate_values GROUP BY trial_id"
+    bundle.cluster.wait(lambda: "yes" * (len(bundle.asked(epochs)) == 4), 120, "4 trials at work")
+    bundle.cluster.run("login", "scancel", str(first))
+    assert bundle.cluster.wait_end(first, 60) == "CANCELLED"
+    returned = [number for number, state in bundle.trials() if state == "WAITING"]
+    assert returned, bundle.trials()
+    done = {number: bundle.epochs_of(number)[-1] for number in returned}
+
+    second = bundle.submit("--exclude=n1,n2", TOTAL_TRIALS="4", **settings)
+    bundle.finish(second)
+    bundle.done("optuna_command.py, scancel, other nodes", [first, second], start, total=4)
+    assert set(bundle.workers(first).values()) <= {"n1", "n2"}
+    assert set(bundle.workers(second).values()) - {""} <= {"n3", "n4"}
+    for number in returned:
+        told = bundle.epochs_of(number)
+        assert told == [*range(1, done[number] + 1), *range(told[done[number]], 11)], told
+        assert told[done[number]] in (done[number], done[number] + 1)  # not from the start
+    python = ("apptainer", "exec", "--bind", "/tmpdir,/work", bundle.cluster.image, "python", "-")
+    options = ("--cd", bundle.scripts)
+    compared = bundle.cluster.run(
+        "login", *python, str(returned), options=options, stdin=UNINTERRUPTED
+    ).stdout.splitlines()
+    assert len(compared) == len(returned)
+    assert all(line.split()[1] == "True" for line in compared), compared
 
 
 def test_estimate(bundle: Bundle) -> None:

@@ -16,7 +16,8 @@ SCRIPTS = BUNDLE / "code_and_slurm-scripts"
 SETTINGS = (
     *(variable.name for variable in VARIABLES),
     *("WORKER_RANK", "WORKER_TOKEN", "SLURM_PROCID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
-    *("CONTAINER", "DRAIN_FILE", "SLURM_JOB_END_TIME", "ALIVE_JOBS", "NO_CUDA_GRAPHS"),
+    *("CONTAINER", "BINDS", "CHAIN_JOBS", "DRAIN_FILE", "SLURM_JOB_END_TIME", "ALIVE_JOBS"),
+    *("NO_CUDA_GRAPHS", "SLURM_JOB_USER", "JOB_SETTINGS"),
     *("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_MPS_PIPE_DIRECTORY"),
 )
 # The smallest net of the search space, for tests that train: 0.2 s an epoch on 1 000 images.

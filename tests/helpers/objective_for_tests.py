@@ -34,6 +34,9 @@ def objective(trial: optuna.Trial) -> float:
             time.sleep(600)
         finally:
             raise OSError("Transport endpoint is not connected")
+    if behaviour == "leave once" and not os.path.exists(os.environ["LEFT"]):
+        open(os.environ["LEFT"], "x").close()
+        os._exit(0)  # as some libraries do
     if behaviour == "slow":
         time.sleep(0.2)
     for epoch in range(1000 if behaviour == "epochs" else 1):

@@ -1,7 +1,7 @@
-"""A minimal worker for the storage's tests: forked, killable, with an objective that only sleeps.
+"""What the storage's tests share: studies, forked processes that can be killed, what must hold.
 
-It does what hpo/worker.py does with the storage and nothing else: claim, resume after the last
-reported step, report, finish; a thread renews the lease and returns other workers' stale trials.
+`work` asks and tells through Optuna's public study, as any program may that is given the storage;
+the worker that the bundle starts (hpo/worker.py) has tests of its own.
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ import os
 import signal
 import sqlite3
 import sys
-import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from hpo.study.sqlite_file import create_study_file
+from hpo.settings import Settings
+from hpo.study.engines.postgresql import PostgreSQL
+from hpo.study.engines.sqlite_file import StudyFile, create_study_file
 from hpo.study.storage import LeaseLost, NoTrialLeft, SQLiteStorage
+from hpo.study.upkeep import Upkeep
+from postgresql_server import ask
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 NAME = "study"
@@ -36,8 +40,27 @@ def make_study(folder: Path) -> Path:
     return path
 
 
+def place_of(path: Path, options: dict[str, Any]) -> Path | PostgreSQL:
+    """Return the file, or the server whose URL is in it; it takes the options that are its own."""
+    if path.suffix != ".url":
+        return path
+    return PostgreSQL(path.read_text(), options.pop("timeout", 60.0))
+
+
+def stock_url(path: Path) -> str:
+    """Return the URL of a study for stock Optuna."""
+    if path.suffix == ".url":
+        return path.read_text().replace("postgresql:", "postgresql+psycopg:")
+    return f"sqlite:///{path}"
+
+
+def stock_storage(path: Path) -> optuna.storages.RDBStorage:
+    options = {} if path.suffix == ".url" else {"connect_args": {"timeout": 60}}
+    return optuna.storages.RDBStorage(stock_url(path), engine_kwargs=options)
+
+
 def open_study(path: Path, rank: object = "test", seed: int = 0, **options: Any) -> optuna.Study:
-    storage = SQLiteStorage(path, worker=f"worker {rank}", **options)
+    storage = SQLiteStorage(place_of(path, options), worker=f"worker {rank}", **options)
     sampler = optuna.samplers.RandomSampler(seed=seed)
     pruner = optuna.pruners.NopPruner()
     return optuna.load_study(study_name=NAME, storage=storage, sampler=sampler, pruner=pruner)
@@ -46,6 +69,11 @@ def open_study(path: Path, rank: object = "test", seed: int = 0, **options: Any)
 def storage_of(study: optuna.Study) -> SQLiteStorage:
     assert isinstance(study._storage, SQLiteStorage)
     return study._storage
+
+
+def file_of(storage: SQLiteStorage) -> StudyFile:
+    assert isinstance(storage.file, StudyFile)
+    return storage.file
 
 
 def suggest(trial: optuna.Trial) -> dict[str, Any]:
@@ -72,24 +100,6 @@ def train(trial: optuna.Trial, epoch: float = 0.0) -> float:
     return lr
 
 
-class Keeper(threading.Thread):
-    """Renew the lease of the trial that runs and return stale trials, every grace / 5."""
-
-    def __init__(self, study: optuna.Study, grace: float) -> None:
-        super().__init__(daemon=True)
-        self.study, self.grace = study, grace
-        self.trial_id: int | None = None
-
-    def run(self) -> None:
-        storage = storage_of(self.study)
-        while True:
-            time.sleep(self.grace / 5)
-            if (trial_id := self.trial_id) is not None:
-                with suppress(optuna.exceptions.UpdateFinishedTrialError):
-                    storage.renew_lease(trial_id)
-            storage.return_stale_trials(self.study._study_id)
-
-
 def work(
     path: Path,
     rank: int,
@@ -103,25 +113,29 @@ def work(
 ) -> None:
     """Be a worker until the study has `total` finished trials."""
     study = open_study(path, rank, seed=os.getpid(), total_trials=total, grace=grace, **options)
-    keeper = Keeper(study, grace)
-    keeper.start()
+    own = replace(Settings.from_env(), lease_grace=grace, study_db="")  # no backup
+    with Upkeep(study, own) as upkeep:
+        while (trial := claim(study, grace)) is not None:
+            write_line(log, f"claimed {trial.number}")
+            upkeep.trial_id = trial._trial_id
+            try:
+                study.tell(trial, objective(trial, epoch))
+                write_line(log, f"finished {trial.number}")
+            except LeaseLost:
+                write_line(log, f"lost {trial.number}")
+            finally:
+                upkeep.trial_id = None
+
+
+def claim(study: optuna.Study, grace: float) -> optuna.Trial | None:
+    """Take a trial, or wait for those that may still come back; None when all are finished."""
     while True:
         try:
-            trial = study.ask()
+            return study.ask()
         except NoTrialLeft:
             if all(t.state.is_finished() for t in study.get_trials(deepcopy=False)):
-                return
+                return None
             time.sleep(grace / 5)
-            continue
-        write_line(log, f"claimed {trial.number}")
-        keeper.trial_id = trial._trial_id
-        try:
-            study.tell(trial, objective(trial, epoch))
-            write_line(log, f"finished {trial.number}")
-        except LeaseLost:
-            write_line(log, f"lost {trial.number}")
-        finally:
-            keeper.trial_id = None
 
 
 def write_line(log: Path | None, line: str) -> None:
@@ -168,18 +182,21 @@ def kill(pid: int) -> None:
 
 def read_trials(path: Path) -> list[optuna.trial.FrozenTrial]:
     """What stock Optuna reads."""
-    study = optuna.load_study(study_name=NAME, storage=f"sqlite:///{path}")
+    study = optuna.load_study(study_name=NAME, storage=stock_url(path))
     return study.get_trials(deepcopy=False)
 
 
 def sql(path: Path, statement: str) -> list[Any]:
+    if path.suffix == ".url":
+        return ask(path.read_text(), statement)
     with closing(sqlite3.connect(path, timeout=60)) as db:
         return db.execute(statement).fetchall()
 
 
 def check_study(path: Path, total: int, *, reports: int | None = EPOCHS) -> None:
     """Assert exactly once: numbers without gap, all COMPLETE, each with its rows once, healthy."""
-    assert sql(path, "PRAGMA integrity_check") == [("ok",)]
+    if path.suffix != ".url":
+        assert sql(path, "PRAGMA integrity_check") == [("ok",)]
     assert not list(path.parent.glob(f".{path.name}*.new"))
     trials = read_trials(path)
     assert [t.number for t in trials] == list(range(total))

@@ -98,8 +98,9 @@ def _planned(trial: FrozenTrial) -> int:
 class Launcher:
     """Keeps WORKERS workers alive, and kills them."""
 
-    def __init__(self, folder: Path, ours: bool, seed: int) -> None:
-        self.path, self.log, self.errors = make_study(folder), folder / "log", folder / "errors"
+    def __init__(self, folder: Path, ours: bool, seed: int, path: Path | None = None) -> None:
+        self.path = path or make_study(folder)
+        self.log, self.errors = folder / "log", folder / "errors"
         self.worker = our_worker if ours else stock_worker
         self.random = random.Random(seed)
         self.pids = [self._start() for _ in range(WORKERS)]
@@ -137,8 +138,11 @@ class Launcher:
             kill(pid)
 
 
-def storm_ours(folder: Path, seed: int, kills: int = KILLS) -> Result:
-    launcher, start = Launcher(folder, True, seed), time.monotonic()
+def storm_ours(
+    folder: Path, seed: int, kills: int = KILLS, path: Path | None = None, name: str = "ours"
+) -> Result:
+    """Storm our storage: on a new file, or on the study behind `path`."""
+    launcher, start = Launcher(folder, True, seed, path), time.monotonic()
     done = launcher.storm(kills, 900)
     observer = open_study(launcher.path, "observer", grace=GRACE, max_attempts=10**9)
     polls = 6  # one look, the grace period in five steps
@@ -148,7 +152,7 @@ def storm_ours(folder: Path, seed: int, kills: int = KILLS) -> Result:
     storage_of(observer).return_stale_trials(observer._study_id)
     left = sum(t.state == TrialState.RUNNING for t in read_trials(launcher.path))
     launcher.finish(120)
-    return _result("ours", launcher, done, time.monotonic() - start, left)
+    return _result(name, launcher, done, time.monotonic() - start, left)
 
 
 def storm_stock(folder: Path, seed: int, kills: int = KILLS) -> Result:
@@ -170,7 +174,8 @@ def _result(name: str, launcher: Launcher, kills: int, seconds: float, left: int
     planned = {_planned(t) for t in trials}
     open_ = {_planned(t) for t in trials if not t.state.is_finished()}
     tracebacks = launcher.errors.read_text().count("Traceback (most recent call last)")
-    healthy = sql(launcher.path, "PRAGMA integrity_check") == [("ok",)]
+    is_file = launcher.path.suffix != ".url"
+    healthy = not is_file or sql(launcher.path, "PRAGMA integrity_check") == [("ok",)]
     lost = len(planned - set(rows) - open_)
     interrupted = count_lines(launcher.log, "claimed").total() - runs.total()
     return Result(

@@ -39,8 +39,10 @@ from hpo.check.short_trial import Outcome, ShortTrial
 from hpo.check.table import Table, progress
 from hpo.drain import Drain
 from hpo.script import Script
+from hpo.search.known import first_trials
 from hpo.search.objectives import check_objectives
 from hpo.search.pruners import check_search
+from hpo.search.remembered import plan_of
 from hpo.settings import Settings, use
 from hpo.trial import Objective, be_ordinary
 from hpo.words import duration, values
@@ -58,6 +60,7 @@ def check_script(objective: Objective, me: Script, settings: Settings) -> int:
     check_objectives(settings)
     script.check_needs(settings.py_script)
     check_search(settings)
+    first_trials(settings, me, plan_of(settings, me))  # what is known beforehand is legal
     _be_quiet()
     head = f"{me.py_script}: short trials in a temporary folder; your study is not touched"
     print(head, flush=True)

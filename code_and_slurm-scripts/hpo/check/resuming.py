@@ -179,5 +179,5 @@ def _not_the_same(bench: Bench, what: str, lost: dict[str, bool], rounding: bool
         return "look", f"{what}; here, no two trials are quite the same"
     return "MEND", (
         f"{what}: something is not in its checkpoint "
-        "(a scheduler? random numbers that are not torch's?)"
+        "(a scheduler? an iterator over the data that outlives an epoch?)"
     )

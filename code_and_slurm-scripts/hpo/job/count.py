@@ -1,6 +1,6 @@
-"""Two numbers for the batch script: how many trials are finished, and how many are left.
+"""Three numbers for the batch script: trials that are finished, and left; and reported epochs.
 
-python -m hpo.job.count              212 288
+python -m hpo.job.count              212 288 1690
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from hpo.study.trials import count
 def main() -> int:
     """Print the numbers for the study of the environment; return the exit status."""
     settings = Settings.from_env()
-    counts = count(open_study(settings), settings)
-    print(counts.finished, counts.left)
+    study = open_study(settings)
+    counts = count(study, settings)
+    reports = sum(len(trial.intermediate_values) for trial in study.get_trials(deepcopy=False))
+    print(counts.finished, counts.left, reports)
     return 0
 
 

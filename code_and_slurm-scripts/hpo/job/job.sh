@@ -2,20 +2,43 @@
 # The phases of run-optuna-multinode_Turpan.sh, which sources this file and calls them in turn.
 # Uses its USER CONFIG and $scripts, the folder with the scripts.  Sets $status, srun's exit status.
 
+# shellcheck source=code_and_slurm-scripts/hpo/job/successor.sh
+source "$scripts/hpo/job/successor.sh"
+
 status=0
-server=      # pid of the process that serves the study, where locks do not hold
-before=(0 0) # finished and missing trials when the job started
-in_container=(apptainer exec --nv --bind "/tmpdir,/work" "$CONTAINER")
+server=        # pid of what keeps the study served, where the nodes cannot share the file
+before=(0 0 0) # finished and missing trials, and reported epochs, when the job started
 
 die() {
     echo "error: $1" >&2
     exit 2
 }
 
+# run_python: the command that runs Python in the container; where CONTAINER is empty, this
+# machine's.  install: the one that installs what is missing.
+choose_python() {
+    local requirements=requirements-container.txt launcher
+    if [[ -z $CONTAINER ]]; then
+        launcher=$(type -P python3) ||
+            die "there is no python3 on $(hostname): load its module, or activate a venv"
+        run_python=("$launcher")
+        install="is not installed for $launcher; once:
+    $launcher -m pip install -r $scripts/$requirements"
+        return
+    fi
+    launcher=$(type -P apptainer || type -P singularity) ||
+        die "there is no apptainer on $(hostname), nor singularity: load a module (or CONTAINER=)"
+    [[ -e $CONTAINER ]] || die "the image CONTAINER=$CONTAINER does not exist on $(hostname)"
+    run_python=("$launcher" exec --nv ${BINDS:+--bind "$BINDS"} "$CONTAINER" python)
+    install="is not installed in the image; on the login node, once:
+    in_image() { ${launcher##*/} exec ${BINDS:+--bind $BINDS }$CONTAINER \"\$@\"; }
+    in_image python -s -m hpo.packages > image.txt
+    in_image pip install --user -c image.txt -r $requirements"
+}
+
 # Everything that can be wrong without asking a compute node, each with one sentence.
 check_settings() {
-    command -v apptainer >/dev/null || die "there is no apptainer on $(hostname)"
-    [[ -f $CONTAINER ]] || die "the image CONTAINER=$CONTAINER does not exist: ls /work/conteneurs"
+    choose_python
     [[ -f $scripts/$PY_SCRIPT ]] || die "PY_SCRIPT=$PY_SCRIPT is not in $scripts"
     [[ ${CHAIN_JOBS:=0} =~ ^[0-9]{1,3}$ ]] || die "CHAIN_JOBS=$CHAIN_JOBS is not a number of jobs"
     cd "$scripts" || die "no way into $scripts"
@@ -24,46 +47,62 @@ check_settings() {
     fi
     export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}"        # a task per GPU; each starts so many workers
     export PYTHONPATH=$scripts${PYTHONPATH:+:$PYTHONPATH} # hpo, for a script in a subfolder
-    export CONTAINER PY_SCRIPT STUDY_DB STUDY_NAME TOTAL_TRIALS SAMPLER PRUNER
-    "${in_container[@]}" python -m hpo.packages ||
-        die "the tested Optuna is not installed in the image; on the login node, once:
-    in_image() { apptainer exec --bind /tmpdir,/work $CONTAINER \"\$@\"; }
-    in_image python -s -m hpo.packages image > image.txt
-    in_image pip install --user -c image.txt -r requirements-container.txt"
+    export CONTAINER BINDS PY_SCRIPT STUDY_DB STUDY_NAME TOTAL_TRIALS SAMPLER PRUNER
+    local result=0
+    job_settings=$("${run_python[@]}" -m hpo.job.begin) || result=$?
+    case $result in
+        0) ;;
+        2) exit 2 ;; # a wrong setting; it has said which
+        3) die "the tested Optuna $install" ;;
+        *) die "Python does not start (status $result; why, is said above): ${run_python[*]}" ;;
+    esac
+    [[ $(unset STUDY_NAME && eval "$job_settings" && echo "$STUDY_NAME") == "$STUDY_NAME" ]] ||
+        die "the container hides the environment: unset APPTAINER_CLEANENV, or its like"
 }
 
 # What Slurm knows and the container cannot ask: it has no squeue.
 ask_slurm() {
     logs=$(cd "$scripts/../logs" && pwd)
     tasks=${SLURM_NTASKS:-$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}
-    on_every_gpu=(
-        srun --ntasks="$tasks" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}"
-        --kill-on-bad-exit=0 --wait=0 --open-mode=append
-    )
     local end
-    if [[ -z ${SLURM_JOB_END_TIME:-} ]] && end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e); then
-        SLURM_JOB_END_TIME=$(date --date="$end" +%s)
+    if [[ -z ${SLURM_JOB_END_TIME:-} ]] &&
+        end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [[ $end == [0-9]* ]]; then
+        SLURM_JOB_END_TIME=$(date --date="${end%%$'\n'*}" +%s) # of an array's first: all alike
         export SLURM_JOB_END_TIME
-    fi
-    # Trials of jobs that are not in this list go back to the queue at once.
+    fi # otherwise nothing ends the job: it has no limit
+    # Trials of this user's jobs that are not in this list go back to the queue at once.
     ALIVE_JOBS=$(squeue --noheader --me --format=%A | tr '\n' ' ') || unset ALIVE_JOBS
     export ALIVE_JOBS
-    # With what it was submitted, on the command line or by its header: for a successor.
-    read -r time_limit nodes partition batch_script < <(
-        squeue --noheader --jobs="$SLURM_JOB_ID" --format="%l %D %P %o"
-    ) || true
+    look_at_job
     echo "Job $SLURM_JOB_ID: $tasks workers on $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)"
 }
 
-create_study() {
-    "${in_container[@]}" python init_optuna_db.py
-    read -r -a before < <("${in_container[@]}" python -m hpo.job.count)
+# on_every_gpu COMMAND…: one task per GPU.  JOB_SETTINGS gives each what the batch script has,
+# whatever `sbatch --export` and a TaskProlog of the site make of its environment (task.sh).
+on_every_gpu() {
+    local name options=()
+    while [[ $1 == --* ]]; do
+        options+=("$1")
+        shift
+    done
+    JOB_SETTINGS=$job_settings
+    for name in PYTHONPATH CONTAINER BINDS DRAIN_FILE ALIVE_JOBS SLURM_JOB_END_TIME; do
+        [[ ! -v $name ]] || JOB_SETTINGS+=$(printf '\nexport %s=%q' "$name" "${!name}")
+    done
+    JOB_SETTINGS=$JOB_SETTINGS srun --export=ALL --ntasks="$tasks" \
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=0 \
+        --open-mode=append "${options[@]}" bash hpo/job/task.sh "$@"
 }
 
-# The preflight; status 3 means that all is well but for the locks between the nodes.
+create_study() {
+    "${run_python[@]}" init_optuna_db.py
+    read -r -a before < <("${run_python[@]}" -m hpo.job.count)
+}
+
+# The preflight; status 3 means that all is well but for locks or caches between the nodes.
 check_nodes() {
     local result=0 begin=$SECONDS
-    "${on_every_gpu[@]}" "${in_container[@]}" python check_cluster.py || result=$?
+    on_every_gpu "${run_python[@]}" check_cluster.py || result=$?
     echo "Preflight of $tasks tasks: $((SECONDS - begin)) s"
     case $result in
         0) ;;
@@ -74,9 +113,11 @@ check_nodes() {
 
 # One process on this node owns study.db; the workers reach it over the network.
 serve_study() {
-    echo "Locks do not hold between the nodes: one process on $(hostname) serves the study."
-    "${in_container[@]}" python -m hpo.study.server \
-        $((tasks * WORKERS_PER_GPU)) >>"$logs/$SLURM_JOB_ID.server.out" 2>&1 &
+    echo "The nodes cannot share the file: one process on $(hostname) serves the study."
+    local hosts
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    bash hpo/job/keep_serving.sh "$logs/$SLURM_JOB_ID.server.out" "${run_python[@]}" \
+        -m hpo.study.server $((tasks * WORKERS_PER_GPU)) "${hosts[@]}" &
     server=$!
     local file=${STUDY_DB#sqlite:///}.server seconds
     for ((seconds = 0; seconds < 60; seconds++)); do
@@ -94,8 +135,8 @@ run_workers() {
     fi
     export DRAIN_FILE=$scripts/.drain-$SLURM_JOB_ID # the workers stop when it is there
     trap 'touch "$DRAIN_FILE"' USR1                 # from Slurm, 90 s before the time limit
-    "${on_every_gpu[@]}" --output="$logs/%j.%t.out" "${several[@]}" \
-        bash hpo/job/keep_running.sh "$PY_SCRIPT" "${in_container[@]}" python -u &
+    on_every_gpu --output="$logs/%j.%t.out" "${several[@]}" \
+        bash hpo/job/keep_running.sh "$PY_SCRIPT" "${run_python[@]}" -u &
     local step=$!
     while true; do # in the background, because bash obeys a trap between commands only
         status=0
@@ -103,46 +144,47 @@ run_workers() {
         kill -0 "$step" 2>/dev/null || break # otherwise the signal has ended the wait
     done
     rm -f "$DRAIN_FILE"
-    if ((status != 0)); then
-        echo "A worker ended with status $status; the reason is at the end of its log:" >&2
-        echo "    tail -n 20 $logs/$SLURM_JOB_ID.*.out" >&2
-    fi
     if [[ -n $server ]]; then
-        kill -TERM "$server" && wait "$server" || echo "the server ended with status $?" >&2
+        kill -TERM "$server" 2>/dev/null || true # it may have given up
+        wait "$server" || echo "the server ended with status $?" >&2
+        rm -f "${STUDY_DB#sqlite:///}.server" # no worker is left that could open study.db itself
     fi
+    ((status == 0)) || say_why
 }
 
-# The report, how many trials are left, and the one command that goes on.
-print_report() {
-    "${in_container[@]}" python check_best_model.py --report || true # it says what is wrong
-    local after
-    read -r -a after < <("${in_container[@]}" python -m hpo.job.count)
-    if ((after[1] == 0)); then
-        echo "The study is complete."
-        return
+# In the log, and with Slurm: the disk of the logs may be full, or away.
+say_why() {
+    local why="a worker ended with status $status"
+    if ((status == 75)); then
+        why+=": a disk, a file server or the study could not be used for minutes"
     fi
-    echo "${after[1]} trials are left; this job finished $((after[0] - before[0])). To go on:"
-    local settings
-    settings=$("${in_container[@]}" python -m hpo.settings given)
-    echo "    cd $scripts && $settings sbatch ${batch_script##*/}"
-    if ((CHAIN_JOBS > 0 && status == 0 && after[0] > before[0])); then
-        # All settings of this job are exported, and so are its successor's.
-        env -u SLURM_JOB_END_TIME CHAIN_JOBS=$((CHAIN_JOBS - 1)) sbatch --time="$time_limit" \
-            --nodes="$nodes" --partition="$partition" "$batch_script"
-    elif ((CHAIN_JOBS > 0)); then
-        echo "No successor is submitted: this job has finished no trial, or failed."
+    scontrol update "JobId=$SLURM_JOB_ID" "Comment=$why" 2>/dev/null || true
+    echo "${why^}; the reason is at the end of its log:
+    tail -n 20 $logs/$SLURM_JOB_ID.*.out" >&2 || true
+}
+
+# The successor, if there is to be one; the report, and the one command that goes on.
+print_report() {
+    local after=() next=''
+    read -r -a after < <("${run_python[@]}" -m hpo.job.count) || true
+    if ((${#after[@]} == 3 && after[1] > 0 && CHAIN_JOBS > 0)); then # the report may take long
+        next=$(submit_successor)
+    fi
+    "${run_python[@]}" check_best_model.py --report || true # what it says is all there is to say
+    if ((${#after[@]} < 3)); then
+        echo "The study cannot be read." >&2
+    elif ((after[1] == 0)); then
+        echo "The study is complete."
+    else
+        echo "${after[1]} trials are left; this job finished $((after[0] - before[0])). To go on:"
+        local settings
+        settings=$("${run_python[@]}" -m hpo.settings given)
+        printf '    cd %q && %s sbatch %q\n%s' \
+            "$scripts" "$settings" "${batch_script##*/}" "${next:+$next$'\n'}"
     fi
 }
 
 # --estimate: before anything is submitted.  Reads this script's own header.
 estimate() {
-    header() { # header NAME: the value of its #SBATCH line
-        sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$scripts/${0##*/}"
-    }
-    local nodes per_node hours minutes seconds
-    nodes=$(header nodes) per_node=$(header ntasks-per-node)
-    IFS=: read -r hours minutes seconds < <(header time)
-    "${in_container[@]}" python -m hpo.job.estimate "$(header partition)" "$nodes" \
-        $((nodes * per_node)) "$(header cpus-per-task)" \
-        $((10#$hours * 3600 + 10#$minutes * 60 + 10#$seconds))
+    "${run_python[@]}" -m hpo.job.estimate "$scripts/${0##*/}"
 }

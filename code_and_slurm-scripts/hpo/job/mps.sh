@@ -7,11 +7,13 @@
 
 # start_mps: the daemon for the GPUs that this shell sees; exports where its clients find it.
 start_mps() {
-    CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d "${TMPDIR:-/tmp}/mps-XXXXXX")
+    CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d "${TMPDIR:-/tmp}/mps-XXXXXX" 2>/dev/null ||
+        mktemp -d /tmp/mps-XXXXXX)
     export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
     if nvidia-cuda-mps-control -d >/dev/null 2>&1 && mps_serves; then
         # The container's workers need the folder of the daemon's sockets.
         export APPTAINER_BIND=${APPTAINER_BIND:+$APPTAINER_BIND,}$CUDA_MPS_PIPE_DIRECTORY
+        type -P apptainer >/dev/null || export SINGULARITY_BIND=$APPTAINER_BIND
         echo "$WORKERS_PER_GPU workers per GPU, through NVIDIA MPS"
         return
     fi

@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 from hpo.settings import Settings, UserError, run_script
 from hpo.study.opening import open_study
 from hpo.study.optuna_private import storage_of, study_id
-from hpo.study.storage import SQLiteStorage
+from hpo.study.served import Leased
 
 RETURNED = 10
 
@@ -33,7 +33,7 @@ def main() -> int:
     settings = Settings.from_env()
     study = open_study(settings)
     storage = storage_of(study)
-    if not isinstance(storage, SQLiteStorage):  # only here a trial has a holder
+    if not isinstance(storage, Leased):  # only here a trial has a holder
         return 0
     numbers = storage.return_trials_of(study_id(study), token, crashed=crashed)
     for number in numbers:

@@ -15,7 +15,10 @@ times.  The Trainer saves the model, the callback what else changes (optimiser, 
 numbers): that of the Trainer is not read again with a torch older than 2.6, as in Turpan's image.
 Of the checkpoints two at least are kept: one that was being written when the worker died does not
 count.  The weights that are kept of a good trial are those at the end of the training; with
-load_best_model_at_end=True the best.
+load_best_model_at_end=True the best, whose metric is then trainer.state.best_metric.
+
+With several GPUs to a trial the same lines are in a function that ddp.together runs: in each of its
+processes the Trainer finds itself as it does under torchrun.
 
 On a CPU a trial that goes on ends with the same value to the last digit.  With fp16 the scale of
 the loss begins anew; bf16 has none.  The script needs NEEDS = ("transformers", "accelerate").
@@ -30,6 +33,7 @@ from typing import Any
 
 import optuna
 import torch
+from torch import distributed
 from transformers import TrainerCallback
 
 from hpo import checkpoint
@@ -67,11 +71,7 @@ class StudyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """
         self.trial, self.metric, self.value = trial, metric, math.nan
         self._weights = weights or (lambda model: model.state_dict())
-        self._reported = dict(
-            trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        )
-        if self._reported:  # a trial may go on where nothing is left to do
-            self.value = self._reported[max(self._reported)]
+        self._reported: dict[int, float] = {}  # step → metric
         self._random: dict[str, Any] | None = None  # to be put back when the training goes on
         self._amid_an_epoch = False
 
@@ -88,7 +88,10 @@ class StudyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         saved = unpack(torch.load(path, map_location="cpu", weights_only=True))
         for name in CHANGES:
             put_back(name, others[name], saved[name])
-        self._random = saved["random"]
+        self._reported = saved["reported"]
+        self.value = self._reported[max(self._reported)]  # there may be nothing left to do
+        randoms = saved["random"]
+        self._random = randoms[min(checkpoint.processes()[1], len(randoms) - 1)]
         self._amid_an_epoch = not float(state.epoch).is_integer()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -121,9 +124,10 @@ class StudyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Save what the Trainer has not; then prune the trial, or let its worker stop."""
         content = {name: state_of(name, others[name]) for name in CHANGES}
-        content["random"] = random_states()
-        with whole(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE) as path:
-            torch.save(pack(content), path)
+        content |= {"reported": self._reported, "random": _of_all_processes(random_states())}
+        if checkpoint.processes()[1] == 0:
+            with whole(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE) as path:
+                torch.save(pack(content), path)
         if self.trial.should_prune():
             raise optuna.TrialPruned
 
@@ -143,6 +147,16 @@ def _check(args: Any, state: Any) -> None:
         wrong = "save_only_model=True; StudyCallback saves the rest"
     if wrong:
         raise UserError(f"TrainingArguments: {wrong}")
+
+
+def _of_all_processes(state: dict[str, Any]) -> list[Any]:
+    """Return the state of each process: their random numbers differ."""
+    number, _ = checkpoint.processes()
+    found: list[Any] = [state]
+    if number > 1:
+        found = [None] * number
+        distributed.all_gather_object(found, state)
+    return found
 
 
 def _name(strategy: Any) -> str:

@@ -1,12 +1,18 @@
 """PRUNER → Optuna's pruner, which never stops a trial when all of its work is done.
 
 All of them compare values of the same step, so trials that have seen each image equally often.
-PRUNER=median:n_warmup_steps=2 hands options on to Optuna's constructor.  Several pruners take the
+PRUNER=halving:reduction_factor=4 hands options on to Optuna's constructor.  hyperband takes the
 length of a trial from the steps that complete trials have reported ("auto").
+
+halving is asynchronous successive halving that stops and never pauses (ASHA: arXiv:1810.05934): of
+the trials that have reported once, 3 times, 9 times, … the best third goes on.  It begins with the
+first trials, not after five complete ones as median does: with many workers that is much of a
+study.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +42,66 @@ class LastReportCounts(BasePruner):
             return False
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         last = number_of_reports(trial, complete)
+        if last is None and not complete:
+            return _goes_on(trial, study.get_trials(deepcopy=False))
         return last is None or len(trial.intermediate_values) < last
+
+
+def _goes_on(trial: FrozenTrial, others: list[FrozenTrial]) -> bool:
+    """Return whether a trial will surely report again, though none is complete yet.
+
+    Another has reported more often, and no parameter is the number of reports so far, as one that
+    means the epochs would be after the last of them.
+    """
+    reports = len(trial.intermediate_values)
+    may_mean_epochs = any(type(v) is int and v == reports for v in trial.params.values())
+    ahead = any(len(other.intermediate_values) > reports for other in others)
+    return ahead and not may_mean_epochs
+
+
+class Halving(BasePruner):
+    """Asynchronous successive halving that stops: decides as Optuna's SuccessiveHalvingPruner.
+
+    Optuna's takes a trial's last step for its resource, though that is 0 after the first epoch,
+    and notes in a trial what it has passed: one that was interrupted, imported, or begun with
+    another pruner would be compared with what others had reported at another epoch, or not at all.
+    This one looks at the reports alone, and writes nothing.
+
+    Args:
+        min_resource: reports until the first decision.
+        reduction_factor: times as many until the next; one of so many goes on.
+
+    Raises:
+        ValueError: one of them is no whole number, or too small.
+    """
+
+    def __init__(self, min_resource: int = 1, reduction_factor: int = 3) -> None:
+        for name, value, least in (
+            ("min_resource", min_resource, 1),
+            ("reduction_factor", reduction_factor, 2),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} is no whole number from {least}")
+        self._first, self._factor = min_resource, reduction_factor
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Compare with what all others have reported at the same step, if one is due."""
+        step = trial.last_step
+        if step is None or not self._is_due(len(trial.intermediate_values)):
+            return False
+        sign = -1.0 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1.0
+        mine = sign * trial.intermediate_values[step]
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        reported = [t.intermediate_values[step] for t in others if step in t.intermediate_values]
+        better = sum(sign * value < mine for value in reported)
+        places = max(1, (len(reported) + 1) // self._factor)
+        return math.isnan(mine) or better >= places
+
+    def _is_due(self, reports: int) -> bool:
+        due = self._first
+        while due < reports:
+            due *= self._factor
+        return due == reports
 
 
 def number_of_reports(trial: FrozenTrial, complete: list[FrozenTrial]) -> int | None:
@@ -82,7 +147,7 @@ def make_pruner(settings: Settings) -> BasePruner:
     kinds: dict[str, tuple[type[BasePruner], dict[str, Any]]] = {
         "median": (pruners.MedianPruner, {}),
         "percentile": (pruners.PercentilePruner, {"percentile": 25.0}),
-        "halving": (pruners.SuccessiveHalvingPruner, {"reduction_factor": 2}),
+        "halving": (Halving, {"min_resource": 1, "reduction_factor": 3}),
         "hyperband": (pruners.HyperbandPruner, {"max_resource": "auto"}),
         "wilcoxon": (pruners.WilcoxonPruner, {}),
         "none": (pruners.NopPruner, {}),

@@ -34,6 +34,7 @@ class Plan:
 
     space: Space = field(default_factory=dict)  # of all branches
     combinations: list[dict[str, Any]] = field(default_factory=list)  # of grid and bruteforce
+    known: list[dict[str, Any]] = field(default_factory=list)  # what the first trials take
 
 
 def adopt_space(study: optuna.Study, settings: Settings, plan: Plan) -> None:
@@ -54,6 +55,8 @@ def adopt_space(study: optuna.Study, settings: Settings, plan: Plan) -> None:
         "pruner": "none" if several else settings.pruner,
         "total_trials": settings.total_trials,  # of the last job: it may be raised
     }
+    if settings.final_runs or "final_runs" in study.user_attrs:
+        facts["final_runs"] = settings.final_runs
     if settings.script_args:
         facts["script_args"] = list(settings.script_args)
     if names := settings.objectives or declared_objectives(settings.py_script)[:1]:

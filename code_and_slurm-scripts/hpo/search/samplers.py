@@ -1,7 +1,7 @@
 """SAMPLER → Optuna's sampler, made fit for many workers on one study.
 
     SAMPLER     form of the search space   how workers share it
-    tpe         choices                    each has a seed of its own and sees all trials
+    tpe         choices                    each has a seed of its own and sees all trials (tpe.py)
     random      choices                    each has a seed of its own
     qmc         choices                    trial n takes point n of one Sobol' sequence
     nsgaii      choices                    generations of POPULATION trials
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,9 @@ from optuna.trial import FrozenTrial
 
 from hpo import packages
 from hpo.search.space import Space, value_at
+from hpo.search.tpe import CompleteTPE
 from hpo.settings import Settings, UserError
+from hpo.study.trials import searched
 from hpo.words import one_line
 
 FINITE = ("grid", "bruteforce")
@@ -99,8 +102,10 @@ class Combinations(_Independent):
     are.
     """
 
-    def __init__(self, combinations: Sequence[Mapping[str, Any]]) -> None:
-        self._combinations = combinations
+    def __init__(
+        self, combinations: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self._combinations, self._known = combinations, known
 
     def sample_independent(
         self,
@@ -111,7 +116,7 @@ class Combinations(_Independent):
     ) -> Any:
         """Return the trial's value; raises KeyError for a parameter outside search_space."""
         trials = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
-        index, _ = assign(self._combinations, trials)
+        index, _ = assign(self._combinations, trials, self._known)
         if "fixed_params" in trial.system_attrs:  # enqueued with a part of its parameters
             given = trial.system_attrs["fixed_params"]
             for combination in self._combinations:
@@ -121,11 +126,14 @@ class Combinations(_Independent):
 
 
 def assign(
-    combinations: Sequence[Mapping[str, Any]], trials: Sequence[FrozenTrial]
+    combinations: Sequence[Mapping[str, Any]],
+    trials: Sequence[FrozenTrial],
+    known: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[int, int]:
     """Return the index of the combination that the next trial takes, and how many are left.
 
-    The same for every worker: it follows from the trials so far, in the order of their numbers.
+    The same for every worker: it follows from the trials so far, in the order of their numbers, of
+    which the first take the combinations that the study begins with (known.py).
     """
     position = {_key(params): i for i, params in enumerate(combinations)}
     taken = [False] * len(combinations)
@@ -136,6 +144,8 @@ def assign(
         mine = combinations[following] if following < len(taken) else {}
         given = trial.system_attrs.get("fixed_params")
         theirs = trial.params or given or {}
+        if trial.number < len(known):
+            given = theirs = known[trial.number]
         # Finished with other values than its number stands for: it was imported.
         other = given is not None or (
             trial.state.is_finished()
@@ -148,6 +158,22 @@ def assign(
     while following < len(taken) and taken[following]:
         following += 1
     return following, left
+
+
+def end_of(
+    combinations: Sequence[Mapping[str, Any]],
+    trials: Sequence[FrozenTrial],
+    known: Sequence[Mapping[str, Any]] = (),
+) -> int:
+    """Return with how many trials every combination has been given to one; final runs take none."""
+    left = assign(combinations, searched(trials), known)[1]
+    if left:
+        return len(trials) + left
+
+    def all_given(number: int) -> bool:
+        return not assign(combinations, searched(trials[:number]), known)[1]
+
+    return bisect_left(range(len(trials)), True, key=all_given)
 
 
 def _key(params: Mapping[str, Any]) -> str:
@@ -192,6 +218,7 @@ def make_sampler(
     *,
     space: Mapping[str, BaseDistribution] | None = None,
     combinations: Sequence[Mapping[str, Any]] = (),
+    known: Sequence[Mapping[str, Any]] = (),
 ) -> BaseSampler:
     """Return the sampler of SAMPLER with its options; FIX holds some parameters fast.
 
@@ -200,6 +227,7 @@ def make_sampler(
         seed: from `sampler_seed`, this worker's own; None draws one from the operating system.
         space: what search_space suggests, for qmc.
         combinations: all there are, for grid and bruteforce.
+        known: those that the first trials take.
 
     Raises:
         UserError: an option is not legal.
@@ -207,13 +235,15 @@ def make_sampler(
     name, options = settings.sampler, settings.sampler_options
     variable = f"SAMPLER={name}"
     if name in FINITE:
-        sampler = construct(variable, Combinations, options, combinations=combinations)
+        sampler = construct(variable, Combinations, options, combinations=combinations, known=known)
     elif name == "qmc":
-        known = {"space": dict(space or {}), "seed": settings.seed or 0}
-        sampler = construct(variable, NumberedQMC, options, **known)
+        given = {"space": dict(space or {}), "seed": settings.seed or 0}
+        sampler = construct(variable, NumberedQMC, options, **given)
     else:
+        # With several objectives nothing is pruned, and Optuna's γ has no upper limit.
+        several = {"count_pruned": len(settings.directions) > 1}
         kinds: dict[str, tuple[type[BaseSampler], dict[str, Any]]] = {
-            "tpe": (samplers.TPESampler, {}),
+            "tpe": (CompleteTPE, several),
             "random": (samplers.RandomSampler, {}),
             "cmaes": (samplers.CmaEsSampler, {"with_margin": True}),
             "nsgaii": (samplers.NSGAIISampler, {"population_size": POPULATION}),

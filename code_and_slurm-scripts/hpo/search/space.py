@@ -10,7 +10,7 @@ search_space refuses (TrialPruned) is not in the space.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import optuna
@@ -21,10 +21,10 @@ from optuna.distributions import (
     IntDistribution,
     check_distribution_compatibility,
 )
-from optuna.trial import FixedTrial
+from optuna.trial import FixedTrial, create_trial
 
 from hpo.settings import UserError
-from hpo.words import one_line
+from hpo.words import one_line, parameters, shown
 
 MOST_COMBINATIONS = 100_000
 MOST_TRIES = 2000  # of search_space, to find its branches
@@ -173,6 +173,50 @@ class _Notes(FixedTrial):
         while path and path[-1] + 1 >= self._sizes[len(path) - 1]:
             path.pop()
         return [*path[:-1], path[-1] + 1] if path else None
+
+
+class _Given(_Notes):
+    """Takes the values that are given, if they are legal, and others first ones."""
+
+    def __init__(self, given: Mapping[str, Any], study: optuna.Study) -> None:
+        super().__init__([], study)
+        self.given = given
+
+    def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
+        if name in self.given and name not in self._distributions:
+            value = self.given[name]
+            try:
+                create_trial(value=0.0, params={name: value}, distributions={name: distribution})
+            except (ValueError, TypeError):
+                raise UserError(
+                    f"{name}={shown(value)} is not in its range: {legal(distribution)}"
+                ) from None
+            self._suggested_params[name] = value
+            self._distributions[name] = distribution
+        return super()._suggest(name, distribution)
+
+
+def misfit(search_space: SearchSpace, given: Mapping[str, Any]) -> str:
+    """Return why a configuration, or a part of one, is not in the space; "" if it is."""
+    trial = _Given(given, _study())
+    try:
+        refused = trial.ask(search_space)
+    except UserError as error:
+        return str(error)
+    if refused:
+        return f"search_space refuses {parameters(given)}"
+    if unknown := [name for name in given if name not in trial.distributions]:
+        return f"{unknown[0]} is no parameter of search_space ({', '.join(trial.distributions)})"
+    return ""
+
+
+def legal(distribution: BaseDistribution) -> str:
+    """Return the values of a parameter in words."""
+    if isinstance(distribution, CategoricalDistribution):
+        return f"one of {', '.join(map(repr, distribution.choices))}"
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    steps = f" in steps of {shown(distribution.step)}" if distribution.step not in (None, 1) else ""
+    return f"from {shown(distribution.low)} to {shown(distribution.high)}{steps}"
 
 
 def values_of(distribution: BaseDistribution) -> list[Any]:

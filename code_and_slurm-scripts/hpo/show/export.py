@@ -106,6 +106,8 @@ def export(study: optuna.Study, settings: Settings, trial: FrozenTrial, folder: 
         try:
             placed = copy_code(script.py_script, temporary / "code")
             _write(temporary, files, placed, weights)
+            if script.offers("export_model"):
+                asked(script, "export_model", config, weights, temporary)
             said = _loaded_once(temporary)
             os.rename(temporary, folder)
         except (OSError, RuntimeError) as error:  # the latter is torch's word for a full disk

@@ -17,8 +17,9 @@ from hpo.settings import Settings, in_force
 from hpo.show.results import shown_score
 from hpo.show.sample import LARGEST, fits_an_axis
 from hpo.show.timeline import bars
-from hpo.study.trials import attributes, best_trials, complete, count, without_best
-from hpo.words import cut, duration, one_line, shown, values, without_password
+from hpo.study.opening import backup_in_use
+from hpo.study.trials import attributes, best_in_words, best_trials, complete, count, without_best
+from hpo.words import cut, duration, one_line, shown
 
 Rows = dict[str, str]  # name → value, as it is shown
 MOST_ROWS = 40  # of the best trial's parameters
@@ -45,7 +46,7 @@ def best(study: optuna.Study, names: Sequence[str], scored: Mapping[str, str]) -
             rows[f"trial {trial.number}"] = ", ".join(f"{n} {shown(v)}" for n, v in pairs)
         return rows
     first = found[0]
-    rows = {names[0]: f"{values(first.values)} (trial {first.number})", **scored}
+    rows = {names[0]: f"{best_in_words(study)}", **scored}
     noted = {name: shown_score(value) for name, value in attributes(first).items()}
     params = {name: cut(one_line(shown(value))) for name, value in first.params.items()}
     return dict(list({**rows, **params, **noted}.items())[:MOST_ROWS])
@@ -124,7 +125,7 @@ def settings_of(study: optuna.Study, settings: Settings) -> Rows:
     rows = in_force()
     known = study.user_attrs
     rows |= {str(name): str(value) for name, value in known.get("inputs", {}).items()}
-    rows["STUDY_DB"] = without_password(settings.study_db)
+    rows["STUDY_DB"] = f"{settings.shown_db} {backup_in_use(study)}".strip()
     rows["STUDY_NAME"] = study.study_name
     rows["TOTAL_TRIALS"] = str(count(study, settings).total)
     rows["PY_SCRIPT"] = str(known.get("py_script", rows["PY_SCRIPT"]))

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.show.chart import Line, draw_lines
 from hpo.show.sample import drawable, escaped, fits_an_axis, for_matplotlib
 from hpo.show.timeline import COLOURS, timeline, utilisation
-from hpo.study.trials import complete, is_feasible
+from hpo.study.trials import complete, is_feasible, without_finals
 
 MOST_CONTOURS = 4  # parameters: each pair of them is one contour plot
 CONTOUR_TRIALS = 100  # its grid has so many squared points for each pair
@@ -47,17 +47,19 @@ class Picture:
     size: tuple[float, float] = PAPER  # inches
 
 
-def pictures_of(study: optuna.Study, names: Sequence[str], paper: bool = False) -> list[Picture]:
+def pictures_of(whole: optuna.Study, names: Sequence[str], paper: bool = False) -> list[Picture]:
     """Return the pictures of a study with complete trials; `names` are those of its objectives.
 
-    `paper` ones are for matplotlib, to which a $ in a name would begin a formula.
+    `paper` ones are for matplotlib, to which a $ in a name would begin a formula.  The timeline
+    alone shows the final runs: they are no search.
     """
+    study = without_finals(whole)
     drawn = drawable(study)
     few = drawable(study, CONTOUR_TRIALS)
     if paper:
         names = list(map(escaped, names))
         drawn, few = for_matplotlib(drawn), for_matplotlib(few)
-    end = [_curves(study, names[0]), timeline_picture(study), _utilisation(study)]
+    end = [_curves(study, names[0]), timeline_picture(whole), _utilisation(whole)]
     if len(names) > 1:
         found = [_pareto(drawn, names)]
         for index, name in enumerate(names):

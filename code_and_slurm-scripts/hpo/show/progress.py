@@ -26,9 +26,10 @@ from hpo.settings import Settings
 from hpo.show.facts import time_with_trials
 from hpo.show.timeline import bars
 from hpo.show.trial_table import LOGS
+from hpo.study.opening import backup_in_use, open_study
 from hpo.study.optuna_private import storage_of, study_id
-from hpo.study.storage import SQLiteStorage
-from hpo.study.trials import Counts, best_trials, count, fail_reasons, without_best
+from hpo.study.served import Leased
+from hpo.study.trials import Counts, best_line, best_trials, count, fail_reasons
 from hpo.words import cut, duration, parameters, shown, values
 
 POLL_SECONDS = 2.0
@@ -41,6 +42,8 @@ def follow(study: optuna.Study, settings: Settings) -> None:
     """Show the study until it is done: refreshed in a terminal, elsewhere a line per trial."""
     told: set[int] | None = None
     while True:
+        if backup_in_use(study):  # each one is another file
+            study = open_study(settings)
         # Anew each time: a worker may be the first to know how many combinations there are.
         study = optuna.load_study(study_name=study.study_name, storage=storage_of(study))
         counts = count(study, settings)
@@ -61,13 +64,13 @@ def _tell(study: optuna.Study, counts: Counts, told: set[int] | None) -> set[int
     trials = study.get_trials(deepcopy=False)
     ended = sorted((t for t in trials if t.state.is_finished()), key=_end)
     if told is None:
-        print(f"{time.strftime('%H:%M:%S')} {counts}; {best_line(study)}")
+        print(f"{time.strftime('%H:%M:%S')} {counts}; {_best(study)}")
     else:
         left = _left_in_words(study, counts, datetime.now())
         for trial in ended:
             if trial.number not in told:
                 how = f"{finished_line(trial)} ({counts.finished} of {counts.total} finished"
-                print(f"{_end(trial):%H:%M:%S} {how}; {best_line(study)}; {left})")
+                print(f"{_end(trial):%H:%M:%S} {how}; {_best(study)}; {left})")
     return {trial.number for trial in ended}
 
 
@@ -99,11 +102,11 @@ def _head(study: optuna.Study, counts: Counts, now: datetime, columns: int) -> l
     width = max(min(40, columns - 50), 10)
     full = width * counts.finished // total
     lines = [
-        f"study {study.study_name}   {now:%H:%M:%S}",
+        f"study {study.study_name}   {now:%H:%M:%S}   {backup_in_use(study)}",
         f"[{'#' * full}{'.' * (width - full)}] {100 * counts.finished // total} %   "
         f"{duration(time_with_trials(spans))} elapsed, {_left_in_words(study, counts, now)}",
         str(counts),
-        best_line(study),
+        _best(study),
         what_ctrl_c_does(),
     ]
     lines = [_printable(line) for line in lines]
@@ -121,14 +124,11 @@ def what_ctrl_c_does() -> str:
     return "(Ctrl-C ends this view alone; the workers go on)"
 
 
-def best_line(study: optuna.Study) -> str:
-    """Return the best value so far; with several objectives, the size of the Pareto front."""
+def _best(study: optuna.Study) -> str:
+    """Return the best value so far, with its parameters; of several objectives, how many."""
     best = best_trials(study)
-    if not best:
-        return without_best(study)
-    if len(study.directions) > 1:
-        return f"{len(best)} trials in the Pareto front"
-    return f"best {values(best[0].values)} (trial {best[0].number}: {parameters(best[0].params)})"
+    params = f": {parameters(best[0].params)}" if best and len(study.directions) == 1 else ""
+    return f"{best_line(study)}{params}"
 
 
 def finished_line(trial: FrozenTrial) -> str:
@@ -175,7 +175,7 @@ def _full(trials: Sequence[FrozenTrial]) -> Callable[[FrozenTrial], int | None]:
 
 def _owners(study: optuna.Study) -> dict[int, str]:
     storage = storage_of(study)
-    return storage.owners(study_id(study)) if isinstance(storage, SQLiteStorage) else {}
+    return storage.owners(study_id(study)) if isinstance(storage, Leased) else {}
 
 
 def _running(trials: Sequence[FrozenTrial], owners: dict[int, str], now: datetime) -> list[str]:

@@ -61,13 +61,16 @@ def load_script(study: optuna.Study, settings: Settings) -> Script:
     """Import the study's script, which sees the study's own settings.
 
     Raises:
-        UserError: the script, a package that it needs, or its DATA is missing; or it raises.
+        UserError: the script, a package, its DATA or MODEL is missing; or it raises.
     """
     remembered = study.user_attrs
     inputs = remembered.get("inputs", {})
     data = SCRIPTS / inputs["DATA"] if "DATA" in inputs else settings.data
+    model = SCRIPTS / inputs["MODEL"] if "MODEL" in inputs else settings.model
     if data and not data.is_file():
         raise UserError(f"DATA: there is no file {data}")
+    if model and not model.is_dir():
+        raise UserError(f"MODEL: {model} is no folder")
     use(
         replace(
             settings,
@@ -75,6 +78,7 @@ def load_script(study: optuna.Study, settings: Settings) -> Script:
             sampler=str(remembered.get("sampler", settings.sampler)),
             small=inputs.get("SMALL", "0") == "1" or settings.small,
             data=data,
+            model=model,
             train_images=int(inputs.get("TRAIN_IMAGES", settings.train_images)),
             script_args=tuple(remembered.get("script_args", settings.script_args)),
         )

@@ -22,32 +22,34 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.study.engines import Engine, Version
 from hpo.study.optuna_private import trial_id as id_of
-from hpo.study.sqlite_file import StudyFile, Version
 
 ALL = tuple(TrialState)
 FINISHED = tuple(state for state in TrialState if state.is_finished())
 BY_ID = id_of
 
-# All there is to know about some trials, as rows (kind, trial, position, …), in one statement:
-# so it is one consistent picture under one shared lock. Its text is nearly always the same, so
-# that sqlite3 finds it prepared; the + keeps SQLite from the index on study_id, which is all rows.
+# All there is to know about some trials, as rows (kind, trial, position, text, text, text, number),
+# in one statement: so it is one consistent picture. Its text is nearly always the same, so that
+# the engine finds it prepared; the + keeps SQLite from the index on study_id, which is all rows.
 READ_TRIALS = """
 WITH picked AS (SELECT * FROM trials WHERE trial_id > ? AND +study_id = ?
                 UNION ALL SELECT * FROM trials WHERE trial_id IN ({marks})),
-     full AS (SELECT trial_id FROM picked WHERE state IN ({states}))
-SELECT 0, trial_id, number, state, datetime_start, datetime_complete FROM picked
-UNION ALL SELECT 1, trial_id, param_id, param_name, param_value, distribution_json
-    FROM trial_params WHERE trial_id IN full
-UNION ALL SELECT 2, trial_id, objective, value, value_type, NULL
-    FROM trial_values WHERE trial_id IN full
-UNION ALL SELECT 3, trial_id, step, intermediate_value, intermediate_value_type, NULL
-    FROM trial_intermediate_values WHERE trial_id IN full
-UNION ALL SELECT 4, trial_id, trial_user_attribute_id, key, value_json, NULL
-    FROM trial_user_attributes WHERE trial_id IN full
-UNION ALL SELECT 5, trial_id, trial_system_attribute_id, key, value_json, NULL
-    FROM trial_system_attributes WHERE trial_id IN full
-UNION ALL SELECT 6, study_id, 0, NULL, NULL, NULL FROM studies WHERE study_id = ?
+     whole AS (SELECT trial_id FROM picked WHERE state IN ({states}))
+SELECT 0, trial_id, number, CAST(state AS VARCHAR), CAST(datetime_start AS VARCHAR),
+    CAST(datetime_complete AS VARCHAR), NULL FROM picked
+UNION ALL SELECT 1, trial_id, param_id, param_name, distribution_json, NULL, param_value
+    FROM trial_params WHERE trial_id IN (SELECT trial_id FROM whole)
+UNION ALL SELECT 2, trial_id, objective, CAST(value_type AS VARCHAR), NULL, NULL, value
+    FROM trial_values WHERE trial_id IN (SELECT trial_id FROM whole)
+UNION ALL SELECT 3, trial_id, step, CAST(intermediate_value_type AS VARCHAR), NULL, NULL,
+    intermediate_value
+    FROM trial_intermediate_values WHERE trial_id IN (SELECT trial_id FROM whole)
+UNION ALL SELECT 4, trial_id, trial_user_attribute_id, key, value_json, NULL, NULL
+    FROM trial_user_attributes WHERE trial_id IN (SELECT trial_id FROM whole)
+UNION ALL SELECT 5, trial_id, trial_system_attribute_id, key, value_json, NULL, NULL
+    FROM trial_system_attributes WHERE trial_id IN (SELECT trial_id FROM whole)
+UNION ALL SELECT 6, study_id, 0, NULL, NULL, NULL, NULL FROM studies WHERE study_id = ?
 ORDER BY 1, 2, 3
 """
 
@@ -86,7 +88,7 @@ class TrialCache:
         """Return how many trials the study has, as far as they were read."""
         return len(self.finished) + len(self._unfinished)
 
-    def read(self, file: StudyFile, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+    def read(self, file: Engine, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
         """Read what can have changed; return the trials in `states`, in order.
 
         Raises KeyError if there is no such study.
@@ -150,7 +152,7 @@ def question(
     return sql, (after, study_id, *ids, study_id)
 
 
-def read_trial(file: StudyFile, trial_id: int) -> FrozenTrial:
+def read_trial(file: Engine, trial_id: int) -> FrozenTrial:
     """Return one trial. Raises KeyError."""
     rows = file.read(*question(ALL, [trial_id]))
     if not rows:
@@ -161,7 +163,7 @@ def read_trial(file: StudyFile, trial_id: int) -> FrozenTrial:
 def build_trials(rows: list[tuple[Any, ...]]) -> dict[int, FrozenTrial]:
     """Make trials of the rows of READ_TRIALS."""
     found: dict[int, dict[str, Any]] = {}
-    for kind, trial_id, position, a, b, c in rows:
+    for kind, trial_id, position, a, b, c, x in rows:
         if kind == 0:
             found[trial_id] = {
                 "number": position, "trial_id": trial_id, "state": TrialState[a],
@@ -170,12 +172,12 @@ def build_trials(rows: list[tuple[Any, ...]]) -> dict[int, FrozenTrial]:
                 "system_attrs": {},
             }  # fmt: skip
         elif kind == 1:
-            distribution = found[trial_id]["distributions"][a] = parse_distribution(c)
-            found[trial_id]["params"][a] = distribution.to_external_repr(b)
+            distribution = found[trial_id]["distributions"][a] = parse_distribution(b)
+            found[trial_id]["params"][a] = distribution.to_external_repr(x)
         elif kind == 2:
-            found[trial_id]["values"].append(to_float(a, b))
+            found[trial_id]["values"].append(to_float(x, a))
         elif kind == 3:
-            found[trial_id]["intermediate_values"][position] = to_float(a, b)
+            found[trial_id]["intermediate_values"][position] = to_float(x, a)
         elif kind in (4, 5):
             found[trial_id]["user_attrs" if kind == 4 else "system_attrs"][a] = json.loads(b)
     return {
@@ -192,5 +194,6 @@ def to_float(value: float | None, kind: str) -> float:
 def to_time(text: str | None) -> datetime | None:
     if text is None:
         return None
-    utc = datetime.fromisoformat(text).replace(tzinfo=timezone.utc)
+    seconds, _, fraction = text.partition(".")  # PostgreSQL leaves zeros out, which 3.10 needs
+    utc = datetime.fromisoformat(f"{seconds}.{fraction:0<6}").replace(tzinfo=timezone.utc)
     return utc.astimezone().replace(tzinfo=None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sqlite3
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +25,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.study import tables
 from hpo.study.cache import BY_ID, TrialCache, parse_distribution, read_trial
+from hpo.study.engines import LOCK, Engine, Transaction
 from hpo.study.leases import Leases
 from hpo.study.optuna_private import trial_id as id_of
 from hpo.study.optuna_private import with_trial_id
-from hpo.study.sqlite_file import LOCK, StudyFile
 from hpo.words import to_json
 
 
@@ -61,7 +60,7 @@ class HeldTrials:
     """This worker's trials, in memory and in the file."""
 
     def __init__(
-        self, file: StudyFile, leases: Leases, worker: str, caches: dict[int, TrialCache]
+        self, file: Engine, leases: Leases, worker: str, caches: dict[int, TrialCache]
     ) -> None:
         self._file, self._leases, self._worker, self._caches = file, leases, worker, caches
         self._held: dict[int, _Held] = {}
@@ -70,7 +69,7 @@ class HeldTrials:
     def _hold(self, study_id: int, trial: FrozenTrial) -> None:
         self._held[id_of(trial)] = _Held(study_id, trial, len(trial.intermediate_values))
 
-    def add(self, db: sqlite3.Connection, study_id: int, trial: FrozenTrial, mine: bool) -> None:
+    def add(self, db: Transaction, study_id: int, trial: FrozenTrial, mine: bool) -> None:
         """Insert a trial, and take its lease if it is this worker's."""
         with_trial_id(trial, tables.insert_trial(db, study_id, trial))
         if mine:
@@ -107,7 +106,7 @@ class HeldTrials:
 
     # ---- writes ----------------------------------------------------------------------------
 
-    def _begin_change(self, db: sqlite3.Connection, trial_id: int) -> None:
+    def _begin_change(self, db: Transaction, trial_id: int) -> None:
         """Check the right to change a trial, renew its lease, and write what waits.
 
         A trial without a lease (stock Optuna's) may be changed by everybody until it is finished.
@@ -120,6 +119,7 @@ class HeldTrials:
                     tables.SET_PARAM, (trial_id, name, value, distribution_to_json(distribution))
                 )
             return
+        self._file.lock(db, "trials", trial_id)
         row = db.execute(
             "SELECT state, number, owner, leases.trial_id FROM trials LEFT JOIN leases "
             "USING (trial_id) WHERE trials.trial_id = ?",
@@ -135,7 +135,7 @@ class HeldTrials:
             raise UpdateFinishedTrialError(f"Trial {number} is finished: it cannot be changed.")
 
     @contextmanager
-    def _change(self, trial_id: int, **changes: Any) -> Iterator[sqlite3.Connection]:
+    def _change(self, trial_id: int, **changes: Any) -> Iterator[Transaction]:
         """Give one transaction; then note in memory what it wrote.
 
         To a copy of the trial: readers keep the old one.
@@ -154,7 +154,7 @@ class HeldTrials:
                 setattr(held.trial, name, {**getattr(held.trial, name), **entries})
 
     @contextmanager
-    def _last_change(self, trial_id: int) -> Iterator[sqlite3.Connection]:
+    def _last_change(self, trial_id: int) -> Iterator[Transaction]:
         """Give one transaction after which the trial is no longer held, nor if it was lost."""
         with LOCK:
             try:
@@ -260,6 +260,7 @@ class HeldTrials:
         """Make all FAIL trials of a study WAITING; return their numbers."""
         failed = "SELECT trial_id FROM trials WHERE study_id = ? AND state = 'FAIL'"
         with self._file.write() as db:
+            self._file.lock(db, "studies", study_id)
             rows = db.execute(
                 f"SELECT number FROM trials WHERE trial_id IN ({failed})", (study_id,)
             )

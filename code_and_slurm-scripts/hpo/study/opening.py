@@ -4,7 +4,7 @@
     study = open_study(settings)              check_best_model.py: never creates anything, and needs
                                               no permission to write
 
-sqlite:/// is the bundle's own storage (storage.py); postgresql://, mysql://, journal:/// and
+sqlite:/// and postgresql:// are the bundle's own storage (storage.py); mysql://, journal:/// and
 grpc:// are Optuna's.  A study remembers which script's objective it belongs to (user attribute
 `py_script`), its direction, and its inputs: another objective is refused rather than mixed in.
 """
@@ -12,20 +12,31 @@ grpc:// are Optuna's.  A study remembers which script's objective it belongs to 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 
-from hpo import packages
+from hpo import packages, values
 from hpo.settings import SCRIPTS, Settings, UserError
-from hpo.study.served import ServedStorage, Server, find_server, server_path
-from hpo.study.sqlite_file import StudyFileError, create_study_file
+from hpo.study.engines import EngineError
+from hpo.study.engines.postgresql import PostgreSQL
+from hpo.study.engines.sqlite_file import StudyFile, create_study_file
+from hpo.study.optuna_private import storage_of
+from hpo.study.served import Leased, ServedStorage, Server, find_server, server_path
 from hpo.study.storage import SQLiteStorage
+from hpo.study.trials import Counts
 from hpo.values import check_writable
+from hpo.words import duration, one_line
+
+BACKUP = ".backup"  # study.db.backup is a copy of study.db
+DRIVERS = {"MySQLdb": "mysqlclient", "pymysql": "PyMySQL"}  # what pip calls them
+CONNECT_SECONDS = 8  # until an unreachable server is an error
 
 
 def create_or_open_study(settings: Settings) -> Study:
@@ -41,11 +52,12 @@ def create_or_open_study(settings: Settings) -> Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # "Using an existing study": not news
     path = settings.sqlite_path
     if path:
+        _refuse_backup(path)
         check_writable(path)
     with clear_errors(settings):
         if path and not path.exists():
             create_study_file(str(path), settings.study_name, settings.directions)
-        return _add_study(open_storage(settings), settings)
+        return _add_study(open_storage(settings, create=True), settings)
 
 
 def open_study(settings: Settings) -> Study:
@@ -56,14 +68,14 @@ def open_study(settings: Settings) -> Study:
             not tested.
     """
     packages.check_optuna()
+    path = settings.sqlite_path or _journal_path(settings)
     try:
-        missing = settings.sqlite_path and not settings.sqlite_path.exists()
+        missing = path and not path.exists()
     except OSError as error:  # a folder that may not be read
-        raise UserError(f"{settings.sqlite_path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if missing:
         raise UserError(
-            f"there is no study yet: {settings.sqlite_path} does not exist; "
-            "start workers first, or set STUDY_DB"
+            f"there is no study yet: {path} does not exist; start workers first, or set STUDY_DB"
         )
     with clear_errors(settings):
         storage = open_storage(settings)
@@ -72,45 +84,124 @@ def open_study(settings: Settings) -> Study:
             return optuna.load_study(study_name=settings.study_name, storage=storage)
     known = ", ".join(sorted(names)) or "none"
     raise UserError(
-        f"STUDY_NAME={settings.study_name!r} is not in {settings.study_db}; studies there: {known}"
+        f"STUDY_NAME={settings.study_name!r} is not in {settings.shown_db}; studies there: {known}"
     )
 
 
-def open_storage(settings: Settings) -> BaseStorage:
-    """Return the storage behind STUDY_DB; raises UserError if it needs what is not there."""
-    scheme, _, rest = settings.study_db.partition("://")
-    if settings.sqlite_path and (server := find_server(settings.sqlite_path)):
-        return _served_storage(settings, server)
-    if settings.sqlite_path:
-        path = settings.sqlite_path
-        return SQLiteStorage.of(settings, path, settings.signature, readonly=not _may_write(path))
-    if scheme == "journal":
+def open_storage(settings: Settings, create: bool = False) -> BaseStorage:
+    """Return the storage behind STUDY_DB; what is only looked at, may be a backup.
+
+    In a PostgreSQL database nothing is made unless `create` is true.
+
+    Raises:
+        UserError: a package is missing, nobody answers, or another job serves the study.
+    """
+    if path := settings.sqlite_path:
+        if server := find_server(path):
+            return _served_storage(settings, server, create)
+        readonly = _is_backup(path) or not _may_write(path)
+        return SQLiteStorage.of(settings, path, settings.signature, readonly=readonly)
+    if url := settings.postgresql_url:
+        return SQLiteStorage.of(settings, PostgreSQL(url, create=create), settings.signature)
+    try:
+        return _stock_storage(settings)
+    except UserError:
+        raise
+    except Exception as error:  # nobody answers, or it is no study: both are the user's
+        text = values.without_password(one_line(error) or type(error).__name__)
+        raise UserError(f"STUDY_DB={settings.shown_db!r} cannot be opened: {text}") from error
+
+
+def _served_storage(settings: Settings, server: Server, create: bool) -> BaseStorage:
+    """Where locks do not hold between nodes, nobody but the serving process opens study.db."""
+    path, backup = settings.sqlite_path, settings.backup_path
+    assert path
+    assert backup
+    if server.is_of(settings):
+        packages.need("A served study", "grpcio", "protobuf")
+        return ServedStorage(server, settings.rank, settings.total_trials)
+    if create or not backup.exists():
+        raise UserError(
+            f"{server} serves {path}: wait until it has ended "
+            f"(if it has, delete {server_path(path)})"
+        )
+    return SQLiteStorage(backup, worker="reader", readonly=True)
+
+
+def _stock_storage(settings: Settings) -> BaseStorage:
+    """Return one of Optuna's own storages; whatever it raises, it cannot be used."""
+    if path := _journal_path(settings):
         from optuna.storages.journal import JournalFileBackend
 
-        path = SCRIPTS / rest.removeprefix("/")  # relative to the scripts' folder, like sqlite:///
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(1) not in (b"", b"{"):
+                    raise UserError(f"{path} is no journal of Optuna's. It was left as it is.")
         return JournalStorage(JournalFileBackend(str(path)))
+    scheme, _, rest = settings.study_db.partition("://")
     if scheme == "grpc":
         return _grpc_storage(rest)
+    _check_driver(settings)
+    connect: dict[str, Any] = {"connect_args": {"connect_timeout": CONNECT_SECONDS}}
+    return RDBStorage(settings.study_db, engine_kwargs=connect)
+
+
+def _journal_path(settings: Settings) -> Path | None:
+    """Return the file of a journal:/// URL, relative to the scripts' folder, like sqlite:///."""
+    scheme, _, rest = settings.study_db.partition("://")
+    return SCRIPTS / rest.removeprefix("/") if scheme == "journal" else None
+
+
+def _check_driver(settings: Settings) -> None:
+    """Raise UserError with the name of the driver's package, if that is missing."""
+    from sqlalchemy import make_url
+
     try:
-        return RDBStorage(settings.study_db)
-    except Exception as error:  # the driver is missing, or nobody answers: both are the user's
-        raise UserError(f"STUDY_DB={settings.study_db!r} cannot be opened: {error}") from error
+        make_url(settings.study_db).get_dialect().import_dbapi()
+    except ModuleNotFoundError as error:
+        module = str(error.name)
+        packages.need(f"STUDY_DB={settings.shown_db!r}", DRIVERS.get(module, module))
+        raise  # the package is there, and something that it needs is not
 
 
-def _served_storage(settings: Settings, server: Server) -> BaseStorage:
-    """Where locks do not hold between nodes, nobody but the serving process opens study.db."""
-    assert settings.sqlite_path
-    if settings.job_id == server.job_id:
-        packages.need("A served study", "grpcio", "protobuf")
-        return ServedStorage(host=server.host, port=server.ports[settings.rank])
-    backup = settings.backup_path
-    if settings.job_id or not backup or not backup.exists():
+def _is_backup(path: Path) -> bool:
+    return path.name.endswith(BACKUP)
+
+
+def _refuse_backup(path: Path) -> None:
+    """Only readers open a backup: the next one would erase what a worker has done in it."""
+    if _is_backup(path):
+        study = path.with_name(path.name.removesuffix(BACKUP))
         raise UserError(
-            f"job {server.job_id} on {server.host} serves {settings.sqlite_path}: wait until it "
-            f"has ended (if it has, delete {server_path(settings.sqlite_path)})"
+            f"{path} is a backup, which can be looked at only; to go on from it, copy it to "
+            f"{study} while no job runs"
         )
-    print(f"(as of less than a minute ago: {server.host} owns the study, this is its backup)")
-    return SQLiteStorage(backup, worker="reader", readonly=not _may_write(backup))
+
+
+def backup_in_use(study: optuna.Study) -> str:
+    """Return which backup an open study is, and its age; "" for one that is no backup."""
+    storage = storage_of(study)
+    if not isinstance(storage, SQLiteStorage) or not isinstance(storage.file, StudyFile):
+        return ""
+    if not _is_backup(path := Path(storage.file.path)):
+        return ""
+    made = path.stat().st_mtime
+    server = find_server(path.with_name(path.name.removesuffix(BACKUP)))
+    return (
+        f"(a backup, made {duration(max(0.0, time.time() - made))} ago, at "
+        f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(made))}"
+        + (f": {server} serves the study itself)" if server else ")")
+    )
+
+
+def stuck(study: optuna.Study, counts: Counts) -> str:
+    """Return what to do about RUNNING trials where no lease says who runs them; "" without any."""
+    if not counts.running or isinstance(storage_of(study), Leased):
+        return ""
+    return (
+        f"{counts.running} of its trials are RUNNING: on a worker, or for ever if that died, for "
+        "this storage has no leases; when no worker runs: python init_optuna_db.py --retry-stuck"
+    )
 
 
 def _may_write(path: Path) -> bool:
@@ -120,10 +211,10 @@ def _may_write(path: Path) -> bool:
 
 @contextmanager
 def clear_errors(settings: Settings) -> Iterator[None]:
-    """Turn what can be wrong with the study's file into one clear line."""
+    """Turn what can be wrong with the study's database into one clear line."""
     try:
         yield
-    except StudyFileError as error:
+    except EngineError as error:
         backup = settings.backup_path
         hint = f"; its last backup is {backup}" if backup and backup.exists() else ""
         raise UserError(f"{error}{hint}") from error
@@ -134,7 +225,9 @@ def _grpc_storage(address: str) -> BaseStorage:
     if not host or not port.isdecimal():
         raise UserError(f"STUDY_DB='grpc://{address}' needs a host and a port: grpc://host:13000")
     packages.need(f"STUDY_DB='grpc://{address}'", "grpcio", "protobuf")
-    return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+    storage = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+    storage.wait_server_ready(timeout=CONNECT_SECONDS)  # raises ConnectionError
+    return storage
 
 
 def _add_study(storage: BaseStorage, settings: Settings) -> Study:

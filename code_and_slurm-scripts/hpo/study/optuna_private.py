@@ -8,15 +8,25 @@ version a name may be gone, or mean something else, in the middle of a study.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import copy
+from collections.abc import Callable, Container
+from typing import Any, cast
 
 import optuna
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy
 from optuna.study._frozen import FrozenStudy
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
-__all__ = ["FrozenStudy", "make_server", "storage_of", "study_id", "trial_id", "with_trial_id"]
+__all__ = [
+    "FrozenStudy",
+    "ProxyOfChannel",
+    "add_storage",
+    "storage_of",
+    "study_id",
+    "trial_id",
+    "with_trial_id",
+    "without",
+]
 
 
 def storage_of(study: optuna.Study) -> BaseStorage:
@@ -39,12 +49,83 @@ def with_trial_id(trial: FrozenTrial, number: int) -> None:
     trial._trial_id = number
 
 
-def make_server(storage: BaseStorage, host: str, port: int, threads: int) -> Any:
-    """Return Optuna's gRPC server of a storage, not yet started.
+def add_storage(server: Any, storage: BaseStorage) -> None:
+    """Let a grpc.Server, not yet started, answer what Optuna's gRPC client asks of a storage.
 
     Raises:
         ImportError: grpcio or protobuf is missing.
     """
-    from optuna.storages._grpc.server import make_server as make
+    from optuna.storages._grpc import servicer
+    from optuna.storages._grpc.auto_generated import api_pb2_grpc
 
-    return make(storage, host, port, ThreadPoolExecutor(threads))
+    service = servicer.OptunaStorageProxyService(storage)
+    api_pb2_grpc.add_StorageServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+
+
+class ProxyOfChannel(GrpcStorageProxy):
+    """Optuna's gRPC client on a channel of its subclass's own, which also makes every call.
+
+    Raises ImportError where grpcio or protobuf is missing.
+    """
+
+    def open_channel(self) -> Any:
+        """Return a grpc.Channel to the server."""
+        raise NotImplementedError
+
+    def call(self, method: Any, request: Any) -> Any:
+        """Return the server's answer: method(request), with whatever else it takes."""
+        raise NotImplementedError
+
+    def _setup(self) -> None:  # Optuna calls it for a new proxy, and for one that was unpickled
+        from optuna.storages._grpc.auto_generated import api_pb2_grpc
+        from optuna.storages._grpc.client import GrpcClientCache
+
+        self._channel = self.open_channel()
+        of_optuna = api_pb2_grpc.StorageServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        stub: Any = _Stub(of_optuna, self)
+        self._stub = stub
+        self._cache = GrpcClientCache(stub)
+
+    def method(self, path: str) -> Any:
+        """Return a method of the server that is not Optuna's: bytes → bytes."""
+        return self._channel.unary_unary(path)
+
+
+class _Stub:
+    """Optuna's stub; its calls are made by the proxy."""
+
+    def __init__(self, stub: Any, proxy: ProxyOfChannel) -> None:
+        self._of_optuna, self._proxy = stub, proxy
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._of_optuna, name)
+        return lambda request: self._proxy.call(method, request)
+
+
+def without(study: optuna.Study, hidden: Callable[[FrozenTrial], bool]) -> optuna.Study:
+    """Return the study as it is without some of its trials, for a sampler or a pruner.
+
+    Hyperband gives samplers a view of its own, made for one call, which cannot be copied.
+    """
+    view = copy.copy(study) if type(study) is optuna.Study else study
+    view._storage = cast("BaseStorage", _Hiding(study._storage, hidden))
+    return view
+
+
+class _Hiding:
+    """A storage without some of the trials."""
+
+    def __init__(self, storage: BaseStorage, hidden: Callable[[FrozenTrial], bool]) -> None:
+        self._storage, self._hidden = storage, hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        found = self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states)
+        return [trial for trial in found if not self._hidden(trial)]

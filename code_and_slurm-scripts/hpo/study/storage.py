@@ -1,12 +1,12 @@
-"""An Optuna storage for many workers on one SQLite file: each trial is run once, to its end.
+"""An Optuna storage for many workers on one database: each trial is run once, to its end.
 
-The tables are Optuna's own, so stock Optuna, its dashboard or a stock worker may open the same
-file at any time. What differs from Optuna's own SQLite storage:
+The tables are Optuna's own, so stock Optuna, its dashboard or a stock worker may use them at the
+same time. What differs from Optuna's own storage of databases, whatever the engine (engines/):
 
 * One transaction per event, and the parameters of a trial go with its first report: 6 commits
   for a trial with 8 parameters and 4 reports, in place of 23.
 * Incremental reads (cache.py): finished trials are kept in memory, and what has changed is
-  one SELECT, or none while nobody has written.
+  one SELECT, or with SQLite none while nobody has written.
 * Atomic claims: study.ask() takes a waiting trial, or makes a new one up to `total_trials`.
 * Leases: a claim gives the right to report and to finish; every write renews it, and checks it in
   the same transaction (held.py). A lease that is no longer renewed is taken back (leases.py): the
@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import copy
 import os
-import sqlite3
 from collections.abc import Collection, Container, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,19 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.settings import Settings
 from hpo.study import tables
 from hpo.study.cache import ALL, TrialCache, read_trial
+from hpo.study.engines import LOCK, Engine, Transaction
+from hpo.study.engines.sqlite_file import StudyFile
 from hpo.study.held import HeldTrials, LeaseLost, NoTrialLeft
 from hpo.study.leases import Leases
 from hpo.study.optuna_private import FrozenStudy
 from hpo.study.optuna_private import trial_id as id_of
-from hpo.study.sqlite_file import LOCK, StudyFile
 from hpo.study.studies import Studies
 
 __all__ = ["LeaseLost", "NoTrialLeft", "SQLiteStorage"]
 
 
 class SQLiteStorage(BaseStorage):
-    """Optuna's storage on one SQLite file, shared by many workers.
+    """Optuna's storage on one database, shared by many workers: an engine, or an SQLite file.
 
     `worker` names this worker, for people; finished trials get it as their user attribute
     `worker`, if there is one. `token` tells this process from all others; by default a new one.
@@ -52,12 +53,12 @@ class SQLiteStorage(BaseStorage):
     moved for so long, on the observer's own clock, is stale. After `max_attempts` crashes, or
     returns without a new report, a trial is FAIL. `timeout` is in seconds: how long to wait for
     the file's lock. A `readonly` one is for who may look, but not write.
-    Raises hpo.study.sqlite_file.StudyFileError (CorruptStudy, StudyBusy, DiskFull).
+    Raises hpo.study.engines.EngineError.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        place: str | os.PathLike[str] | Engine,
         *,
         worker: str = "",
         token: str = "",
@@ -68,7 +69,9 @@ class SQLiteStorage(BaseStorage):
         timeout: float = 60.0,
         readonly: bool = False,
     ) -> None:
-        self.file = StudyFile(path, timeout, readonly)
+        if isinstance(place, (str, os.PathLike)):
+            place = StudyFile(place, timeout, readonly)
+        self.file: Engine = place
         self.total_trials = total_trials
         self._worker = worker
         self._leases = Leases(worker, token, job_id, grace, max_attempts)
@@ -77,11 +80,11 @@ class SQLiteStorage(BaseStorage):
 
     @classmethod
     def of(
-        cls, settings: Settings, path: Path, worker: str, readonly: bool = False
+        cls, settings: Settings, place: Path | Engine, worker: str, readonly: bool = False
     ) -> SQLiteStorage:
         """Return the storage of one worker of a job."""
         return cls(
-            path,
+            place,
             worker=worker,
             token=settings.token,
             job_id=settings.job_id,
@@ -107,10 +110,6 @@ class SQLiteStorage(BaseStorage):
         """Close the connection to the file; the next use opens another."""
         self.file.close()
 
-    def backup(self, target: str | os.PathLike[str], max_age: float = 60.0) -> bool:
-        """Copy the study's file unless the copy is younger than that; see StudyFile.backup."""
-        return self.file.backup(target, max_age)
-
     # ---- claim, renew, return --------------------------------------------------------------
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
@@ -131,7 +130,8 @@ class SQLiteStorage(BaseStorage):
                 self._held.hold_new(study_id, trial)
         return id_of(trial)
 
-    def _next_number(self, db: sqlite3.Connection, study_id: int) -> int:
+    def _next_number(self, db: Transaction, study_id: int) -> int:
+        self.file.lock(db, "studies", study_id)
         row = db.execute(
             "SELECT (SELECT count(*) FROM trials t WHERE t.study_id = s.study_id) "
             "FROM studies s WHERE study_id = ?",
@@ -166,7 +166,8 @@ class SQLiteStorage(BaseStorage):
     def return_held(self) -> None:
         """Give all of this worker's trials back: its sampler has failed before they began."""
         for number in self._held.ids():
-            self.return_trial(number, excused=True)
+            with suppress(LeaseLost):
+                self.return_trial(number, excused=True)
 
     def return_stale_trials(
         self, study_id: int, *, alive_jobs: Collection[str] | None = None
@@ -300,6 +301,10 @@ class SQLiteStorage(BaseStorage):
     def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
         """Set a user attribute. Raises KeyError."""
         self._studies.set_attribute("study_user", study_id, key, value)
+
+    def set_study_user_attr_once(self, study_id: int, key: str, value: Any) -> None:
+        """Set a user attribute unless it is there, in one transaction."""
+        self._studies.set_once(study_id, key, value)
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
         """Set an attribute of Optuna's. Raises KeyError."""

@@ -1,9 +1,8 @@
-"""The studies of one file: made, deleted, read, as plain SQL; their trials are in held.py."""
+"""The studies of one database: made, deleted, read, as plain SQL; their trials are in held.py."""
 
 from __future__ import annotations
 
 import json
-import sqlite3
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,32 +11,43 @@ from typing import Any
 from optuna.exceptions import DuplicatedStudyError
 from optuna.study import StudyDirection
 
+from hpo.study.engines import Engine, Transaction
 from hpo.study.optuna_private import FrozenStudy
 from hpo.study.optuna_private import study_id as id_of_study
-from hpo.study.sqlite_file import StudyFile
 from hpo.study.tables import set_attribute
+from hpo.words import to_json
+
+SET_ONCE = """INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (?, ?, ?)
+ON CONFLICT (study_id, key) DO NOTHING"""
+
+
+def insert_study(db: Transaction, directions: Sequence[StudyDirection], name: str) -> int:
+    """Add a study and return its id. Raises DuplicatedStudyError."""
+    added = db.execute(
+        "INSERT INTO studies (study_name) VALUES (?) ON CONFLICT (study_name) DO NOTHING", (name,)
+    )
+    if not added.rowcount:
+        raise DuplicatedStudyError(f"There is already a study {name!r}.")
+    study_id = int(added.lastrowid or 0)
+    for objective, direction in enumerate(directions):
+        db.execute(
+            "INSERT INTO study_directions (study_id, objective, direction) VALUES (?, ?, ?)",
+            (study_id, objective, direction.name),
+        )
+    return study_id
 
 
 class Studies:
     """The rows of Optuna's tables that are about studies."""
 
-    def __init__(self, file: StudyFile) -> None:
+    def __init__(self, file: Engine) -> None:
         self._file = file
 
     def create(self, directions: Sequence[StudyDirection], name: str | None) -> int:
         """Add a study and return its id. Raises DuplicatedStudyError."""
         name = name if name is not None else f"no-name-{uuid.uuid4()}"
-        try:
-            with self._file.write() as db:
-                cursor = db.execute("INSERT INTO studies (study_name) VALUES (?)", (name,))
-                study_id = int(cursor.lastrowid or 0)
-                db.executemany(
-                    "INSERT INTO study_directions (study_id, objective, direction) VALUES (?,?,?)",
-                    [(study_id, i, direction.name) for i, direction in enumerate(directions)],
-                )
-        except sqlite3.IntegrityError:
-            raise DuplicatedStudyError(f"There is already a study {name!r}.") from None
-        return study_id
+        with self._file.write() as db:
+            return insert_study(db, directions, name)
 
     def delete(self, study_id: int) -> None:
         """Delete a study and its trials. Raises KeyError."""
@@ -58,6 +68,11 @@ class Studies:
         with self._file.write() as db:
             set_attribute(db, kind, study_id, key, value)
 
+    def set_once(self, study_id: int, key: str, value: Any) -> None:
+        """Set a user attribute unless it is there, whoever else tries it at the same time."""
+        with self._file.write() as db:
+            db.execute(SET_ONCE, (study_id, key, to_json(value)))
+
     def id_of(self, name: str) -> int:
         """Return the id of a study. Raises KeyError."""
         rows = self._file.read("SELECT study_id FROM studies WHERE study_name = ?", (name,))
@@ -73,10 +88,11 @@ class Studies:
         raise KeyError(f"There is no study {study_id}.")
 
     def all(self) -> list[FrozenStudy]:
-        """Return all studies of the file, in order."""
+        """Return all studies, in order."""
         rows = self._file.read(
             "SELECT 0, study_id, 0, study_name, NULL FROM studies "
-            "UNION ALL SELECT 1, study_id, objective, direction, NULL FROM study_directions "
+            "UNION ALL SELECT 1, study_id, objective, CAST(direction AS VARCHAR), NULL "
+            "FROM study_directions "
             "UNION ALL SELECT 2, study_id, 0, key, value_json FROM study_user_attributes "
             "UNION ALL SELECT 3, study_id, 0, key, value_json FROM study_system_attributes "
             "ORDER BY 1, 2, 3"

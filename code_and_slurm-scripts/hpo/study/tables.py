@@ -7,7 +7,6 @@ trials are read, in cache.py; what is about studies, in studies.py.
 from __future__ import annotations
 
 import math
-import sqlite3
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.study.engines import Transaction
 from hpo.words import to_json
 
 SET_ATTRIBUTE = """INSERT INTO {kind}_attributes ({id}, key, value_json) VALUES (?, ?, ?)
@@ -38,7 +38,7 @@ def new_trial(now: datetime) -> FrozenTrial:
     )  # fmt: skip
 
 
-def insert_trial(db: sqlite3.Connection, study_id: int, trial: FrozenTrial) -> int:
+def insert_trial(db: Transaction, study_id: int, trial: FrozenTrial) -> int:
     times = (to_text(trial.datetime_start), to_text(trial.datetime_complete))
     cursor = db.execute(
         "INSERT INTO trials (study_id, number, state, datetime_start, datetime_complete) "
@@ -59,12 +59,12 @@ def insert_trial(db: sqlite3.Connection, study_id: int, trial: FrozenTrial) -> i
     return trial_id
 
 
-def set_values(db: sqlite3.Connection, trial_id: int, values: Sequence[float] | None) -> None:
+def set_values(db: Transaction, trial_id: int, values: Sequence[float] | None) -> None:
     for objective, value in enumerate(values or ()):
         db.execute(SET_VALUE, (trial_id, objective, *to_stored(value)))
 
 
-def finish(db: sqlite3.Connection, trial_id: int, state: TrialState) -> datetime:
+def finish(db: Transaction, trial_id: int, state: TrialState) -> datetime:
     now = datetime.now()
     db.execute(
         "UPDATE trials SET state = ?, datetime_complete = ? WHERE trial_id = ?",
@@ -74,7 +74,7 @@ def finish(db: sqlite3.Connection, trial_id: int, state: TrialState) -> datetime
     return now
 
 
-def set_attribute(db: sqlite3.Connection, kind: str, row_id: int, key: str, value: Any) -> None:
+def set_attribute(db: Transaction, kind: str, row_id: int, key: str, value: Any) -> None:
     column = "trial_id" if kind.startswith("trial") else "study_id"
     db.execute(SET_ATTRIBUTE.format(kind=kind, id=column), (row_id, key, to_json(value)))
 

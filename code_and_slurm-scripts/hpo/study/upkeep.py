@@ -4,29 +4,35 @@ A thread wakes several times per grace period and
 
     renews the lease of the trial that is running, so that nobody takes it for dead,
     returns the trials of dead workers to the queue,
-    copies study.db to study.db.backup if that is older than BACKUP_SECONDS.
+    copies the study to its backup (study.db.backup) if that is older than BACKUP_SECONDS.
 
-Only the bundle's own storage has leases and backups; with any other storage there is nothing to
-do, and no thread.
+Only the bundle's own storage has leases and backups.  In any other one the thread writes a sign of
+life into the trial that is running, by which `return_stuck` knows those that no worker runs.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
+from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
 
 from hpo.settings import Settings
-from hpo.study.optuna_private import storage_of, study_id
-from hpo.study.served import ServedStorage
-from hpo.study.sqlite_file import StudyFileError
+from hpo.study.copying import backup
+from hpo.study.engines import EngineError
+from hpo.study.optuna_private import storage_of, study_id, trial_id
+from hpo.study.served import Leased
 from hpo.study.storage import SQLiteStorage
 
 BACKUP_SECONDS = 40.0  # with the wake-ups between, a backup is never older than 60 s
 LONGEST_SLEEP = 10.0  # seconds
+ALIVE = "hpo:alive"  # system attribute of a running trial, where there are no leases: it changes
 
 log = logging.getLogger("hpo.worker")
 
@@ -40,12 +46,13 @@ class Upkeep:
         self._study_id = study_id(study)
         self._backup = settings.backup_path
         self._seconds = min(settings.lease_grace / 6, LONGEST_SLEEP)
+        self._signs = 0
+        self._said = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
 
     def __enter__(self) -> Upkeep:
-        if isinstance(self._storage, (SQLiteStorage, ServedStorage)):
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(
@@ -55,30 +62,70 @@ class Upkeep:
         traceback: TracebackType | None,
     ) -> None:
         self._end.set()
-        if self._thread.is_alive():
-            self._thread.join()
-            self._once(max_age=0.0)  # the last results are in the backup, too
+        self._thread.join()
+        self._once(max_age=0.0)  # the last results are in the backup, too
 
     def _run(self) -> None:
         while not self._end.wait(self._seconds):
             self._once(BACKUP_SECONDS)
 
     def _once(self, max_age: float) -> None:
-        storage = self._storage
-        assert isinstance(storage, (SQLiteStorage, ServedStorage))
         try:
-            if (trial_id := self.trial_id) is not None:
-                storage.renew_lease(trial_id)
+            if (running := self.trial_id) is not None:
+                self._show_life(running)
         except UpdateFinishedTrialError:
             pass  # finished meanwhile, or lost: the next report in the main thread will say so
         except Exception as error:  # the file is busy, the server gone: the next time may work
             log.warning("the lease could not be renewed: %s", error)
-        if isinstance(storage, ServedStorage):
-            return  # the server does the rest for all
+        if not isinstance(self._storage, SQLiteStorage):
+            return  # the server does the rest for all; or there is no more to do
         try:
-            for number in storage.return_stale_trials(self._study_id):
+            for number in self._storage.return_stale_trials(self._study_id):
                 log.info("trial %d of a worker that died goes back to the queue", number)
             if self._backup:
-                storage.backup(self._backup, max_age)
-        except (StudyFileError, OSError) as error:  # a full disk ends no training
-            log.warning("%s", error)
+                backup(self._storage, self._study_id, self._backup, max_age)
+        except (EngineError, OSError) as error:  # a full disk ends no training
+            if (text := str(error)) != self._said:  # once: it may be so for hours
+                log.warning("%s", text)
+            self._said = text
+
+    def _show_life(self, running: int) -> None:
+        if isinstance(self._storage, Leased):
+            self._storage.renew_lease(running)
+        else:
+            self._signs += 1
+            self._storage.set_trial_system_attr(running, ALIVE, self._signs)
+
+
+def return_stuck(study: optuna.Study, seconds: float) -> list[int]:
+    """Give back the running trials that no worker owns; return their numbers.
+
+    One under a lease has an owner.  Of another one nobody does if nothing in it changes in so many
+    seconds, in which a worker of this bundle shows life several times; stock Optuna's does not.
+    """
+    before = _signs_of_life(study)
+    if not before:
+        return []
+    time.sleep(seconds)
+    now, found = _signs_of_life(study), []
+    for number, (trial, signs) in before.items():
+        if now.get(number) != (trial, signs):
+            continue
+        with suppress(UpdateFinishedTrialError):  # it has just been finished
+            storage_of(study).set_trial_state_values(trial, TrialState.WAITING)
+            found.append(number)
+    return found
+
+
+def _signs_of_life(study: optuna.Study) -> dict[int, tuple[int, Any]]:
+    """Return the trials that run without a lease: number → id, and what its worker changes."""
+    storage = storage_of(study)
+    owned = storage.owners(study_id(study)) if isinstance(storage, Leased) else {}
+    return {
+        trial.number: (
+            trial_id(trial),
+            (trial.system_attrs, trial.user_attrs, trial.params, trial.intermediate_values),
+        )
+        for trial in study.get_trials(states=(TrialState.RUNNING,))
+        if trial.number not in owned
+    }

@@ -38,7 +38,7 @@ from torch import Tensor, distributed, nn
 from hpo import gpu
 from hpo.settings import Settings, UserError, use
 
-TrainModel: TypeAlias = Callable[[dict[str, Any], "optuna.Trial | None"], float]
+TrainModel: TypeAlias = Callable[[dict[str, Any], Any], float]  # configuration, trial
 Connection: TypeAlias = "connection.Connection[Any, Any]"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # for the worker, hpo/drain.py
 
@@ -193,6 +193,9 @@ def _run(
             backend = "nccl"
             torch.cuda.set_device(each)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: no network needed
+        # As torchrun does: the Trainer of transformers looks there.
+        os.environ.update(RANK=str(each), LOCAL_RANK=str(each))
+        os.environ.update(WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number))
         distributed.init_process_group(
             backend, init_method=f"file://{meeting}", rank=each, world_size=number
         )

@@ -17,9 +17,10 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from hpo.files import whole
 from hpo.settings import SCRIPTS, Settings, UserError
@@ -27,6 +28,7 @@ from hpo.settings import SCRIPTS, Settings, UserError
 MOST_BYTES = 1024  # of one text: attention's memory grows with the square of it
 FOLDER = SCRIPTS.parent / "data"
 
+T = TypeVar("T")
 Pair: TypeAlias = "tuple[bytes, bytes]"  # input and output, UTF-8
 
 
@@ -66,17 +68,30 @@ def load_pairs(settings: Settings) -> Pairs:
 
 @cache
 def _split(path: Path) -> Pairs:
-    parts = Pairs([], [], [])
-    for pair in read_tsv(path):
-        digit = hashlib.blake2b(pair[0]).digest()[0] % 10
-        part = parts.test if digit == 0 else parts.validation if digit == 1 else parts.training
-        part.append(pair)
-    if not all(parts):
+    return Pairs(*divided(read_tsv(path), lambda pair: pair[0], f"{path} has too few pairs"))
+
+
+def divided(
+    items: Iterable[T], key: Callable[[T], bytes], too_few: str
+) -> tuple[list[T], list[T], list[T]]:
+    """Return the items for training, for validation and for the test, drawn by a hash of `key`.
+
+    Raises:
+        UserError: one of the parts is empty; its line begins with `too_few`.
+    """
+    training: list[T] = []
+    validation: list[T] = []
+    test: list[T] = []
+    for item in items:
+        digit = hashlib.blake2b(key(item)).digest()[0] % 10
+        part = test if digit == 0 else validation if digit == 1 else training
+        part.append(item)
+    if not (training and validation and test):
         raise UserError(
-            f"{path} has too few pairs ({sum(map(len, parts))}): 80 % are for training, 10 % for "
-            "validation, 10 % for the test, and one of these is empty; give 100 or more"
+            f"{too_few} ({len(training) + len(validation) + len(test)}): 80 % are for training, "
+            "10 % for validation, 10 % for the test, and one of these is empty; give 100 or more"
         )
-    return parts
+    return training, validation, test
 
 
 def read_tsv(path: Path) -> list[Pair]:

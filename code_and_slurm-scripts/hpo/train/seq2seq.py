@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hpo.train import ddp
 from hpo.train.pairs import Pair
+from hpo.train.training import gpu_has_bf16
 
 PAD, END, FIRST_BYTE = 0, 1, 3
 VOCABULARY = FIRST_BYTE + 256
@@ -71,9 +72,7 @@ def text_of(row: Sequence[int]) -> bytes:
 
 def precision(device: torch.device) -> AbstractContextManager[Any]:
     """Return the context for a forward pass: bf16 on a GPU that has it, float32 elsewhere."""
-    # Not is_bf16_supported(): it says yes to GPUs that only emulate it, slowly.
-    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=gpu_has_bf16(device))
 
 
 def summed_loss(model: nn.Module, batch: Sequence[Pair]) -> Tensor:

@@ -108,6 +108,12 @@ def has_bf16() -> bool:
         return False
 
 
+def gpu_has_bf16(device: torch.device) -> bool:
+    """Whether this is a GPU that computes in bf16."""
+    # Not is_bf16_supported(): it says yes to GPUs that only emulate it, slowly.
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def forward_flop(model: nn.Module, images: Tensor) -> int:
     """Return the floating-point operations of a forward pass: those of the layers' weights.
 

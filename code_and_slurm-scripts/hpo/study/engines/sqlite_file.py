@@ -18,23 +18,22 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 
 from hpo.files import sync
+from hpo.study.engines import LOCK, SCHEMA, Transaction, Version
+from hpo.study.engines.kept import refuse_loss
+from hpo.study.engines.sqlite_errors import CorruptStudy, StudyBusy, StudyFileError, explain
 
 T = TypeVar("T")
-
-SCHEMA = "v3.2.0.a"  # Optuna 5.0's own name for its tables (alembic_version)
 
 # Ours, beside Optuna's tables; Optuna ignores it. `owner` is NULL while the trial waits in the
 # queue; the row goes when the trial is finished. The trigger is for a study that stock Optuna
@@ -48,49 +47,7 @@ LEASES = (
 )
 
 
-class Version(NamedTuple):
-    """Of a study's file, as one process sees it: if it is the same, nothing has changed."""
-
-    connection: int  # the process's first, second, …; `others` begins anew in each
-    writes: int  # of this process
-    others: int  # SQLite's data_version: it moves when somebody else has written
-
-
-# One thread at a time, for all studies of the process. Taken around fork() as well, so that a
-# child never inherits a half-done transaction, which it would roll back in the parent's file.
-LOCK = threading.RLock()
-os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 _inherited: list[sqlite3.Connection] = []  # a parent's connections: kept, because closing acts
-
-
-class StudyFileError(StorageInternalError):
-    """The study's file cannot be used; the message says which file, why, and what to do."""
-
-
-class StudyBusy(StudyFileError):
-    """Somebody held the lock for the whole time limit, or this file system has no locks."""
-
-
-class CorruptStudy(StudyFileError):
-    """The file is not a healthy study. It was left untouched."""
-
-
-class DiskFull(StudyFileError):
-    """A write did not fit. The file is as it was before; go on when there is space."""
-
-
-def explain(error: sqlite3.Error, path: str) -> Exception:
-    """Return SQLite's error in the user's terms (by its text: Python 3.10 has no codes)."""
-    text = str(error)
-    if "not a database" in text or "malformed" in text:
-        return CorruptStudy(f"{path} is damaged ({text}). It was left as it is: restore a backup.")
-    if "full" in text or "disk I/O error" in text:
-        return DiskFull(f"Cannot write {path}: disk full, over quota, or failing ({text}).")
-    if "unable to open" in text or "readonly" in text:
-        return StudyFileError(
-            f"Cannot open or write {path}: missing, no permission, or disk full ({text})."
-        )
-    return StudyFileError(f"{path}: {text}") if type(error) is sqlite3.OperationalError else error
 
 
 def create_study_file(
@@ -103,15 +60,10 @@ def create_study_file(
     Returns whether this call made the file. Raises DiskFull, StudyFileError, or OSError where
     the folder is missing.
     """
-    memory = sqlite3.connect(":memory:")
-    stock = RDBStorage("sqlite://", engine_kwargs={"creator": lambda: memory})
-    if study_name is not None:
-        stock.create_new_study([StudyDirection[d.upper()] for d in directions], study_name)
-    stock.remove_session()
-    for statement in LEASES:
-        memory.execute(statement)
-    with _new_copy(memory, path) as copy:
-        stock.engine.dispose()
+    with (
+        closing(new_database(study_name, directions)) as memory,
+        whole_copy(memory, path) as copy,
+    ):
         try:
             os.link(copy, path)
         except FileExistsError:
@@ -119,12 +71,30 @@ def create_study_file(
     return True
 
 
+def new_database(
+    study_name: str | None = None, directions: Sequence[str] = ("minimize",)
+) -> sqlite3.Connection:
+    """Return a database in memory with all tables, and its first study if a name is given."""
+    memory = sqlite3.connect(":memory:")
+    stock = RDBStorage("sqlite://", engine_kwargs={"creator": lambda: memory})
+    if study_name is not None:
+        stock.create_new_study([StudyDirection[d.upper()] for d in directions], study_name)
+    stock.remove_session()
+    stock.engine.dispose(close=False)  # the connection stays
+    for statement in LEASES:
+        memory.execute(statement)
+    memory.commit()
+    return memory
+
+
 @contextmanager
-def _new_copy(source: sqlite3.Connection, target: str) -> Iterator[str]:
+def whole_copy(source: sqlite3.Connection, target: str) -> Iterator[str]:
     """Give the path of a copy of `source` beside `target`, on the disk; removed at the end."""
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.new")
     try:
+        # SQLite would never let the group write, whatever the umask says; nor into the journal.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         with closing(sqlite3.connect(temporary)) as copy:
             copy.execute("PRAGMA journal_mode = OFF")  # nobody else sees this file yet
             source.backup(copy, sleep=0.005)
@@ -138,6 +108,15 @@ def _new_copy(source: sqlite3.Connection, target: str) -> Iterator[str]:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def is_young(path: str | os.PathLike[str], max_age: float) -> bool:
+    """Return whether there is a file that was written less than `max_age` seconds ago."""
+    try:
+        # A time in the future was set by a host with another clock: it says nothing.
+        return 0 <= time.time() - os.stat(path).st_mtime < max_age
+    except FileNotFoundError:
+        return False
 
 
 class StudyFile:
@@ -208,22 +187,26 @@ class StudyFile:
                 self._connection = None
 
     def _patiently(self, step: Callable[..., T], *args: Any) -> T:
-        """Call `step` until the lock is free. Raises StudyBusy after `timeout` seconds."""
-        start = time.monotonic()
+        """Call `step` until the lock is free. Raises StudyBusy after `timeout` idle seconds."""
+        start = since = time.monotonic()
+        seen = 0  # the last write: who loses every race, behind a slow link, waits on
         while True:
             try:
                 return step(*args)
             except sqlite3.OperationalError as error:
-                waited = time.monotonic() - start
                 if "locked" not in str(error):
                     raise
-                if waited > self.timeout:
-                    raise StudyBusy(
-                        f"{self.path} stayed locked for {self.timeout:.0f} s. Is a worker stopped "
-                        "half-way, or has this file system no locks (see check_cluster.py)?"
-                    ) from error
+                now = time.monotonic()
+                if not seen or now - since > self.timeout:
+                    before, seen, since = seen, os.stat(self.path).st_mtime_ns, now
+                    if seen == before:
+                        raise StudyBusy(
+                            f"{self.path} stayed locked for {self.timeout:.0f} s, and nobody wrote."
+                            " Is a worker stopped half-way, or has this file system no locks (see "
+                            "check_cluster.py)?"
+                        ) from error
             # At first below a millisecond; later up to 20 ms, to spare a network file system.
-            time.sleep(random.uniform(0.0002, min(0.001 + waited / 50, 0.02)))
+            time.sleep(random.uniform(0.0002, min(0.001 + (now - start) / 50, 0.02)))
 
     def read(self, sql: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Return all rows of one SELECT, which is one consistent picture."""
@@ -256,6 +239,9 @@ class StudyFile:
             if db.in_transaction:
                 db.execute("ROLLBACK")  # nothing was written
 
+    def lock(self, db: Transaction, table: str, row_id: int) -> None:
+        """Do nothing: BEGIN IMMEDIATE has locked the file."""
+
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
         """Give the connection inside one transaction: all of it is on the disk, or nothing."""
@@ -281,17 +267,16 @@ class StudyFile:
         """Copy the study to `target` unless that is younger than `max_age` seconds.
 
         The copy is consistent (sqlite3's backup), checked and on the disk before it takes the
-        name; a damaged study never replaces a good backup. Returns whether a copy was made.
-        Raises CorruptStudy, DiskFull.
+        name; a damaged study never replaces a good backup, nor does one that has lost trials.
+        Returns whether a copy was made.  Raises EngineError.
         """
         target = os.path.abspath(target)
-        with suppress(FileNotFoundError):
-            # A time in the future was set by a host with another clock: it says nothing.
-            if 0 <= time.time() - os.stat(target).st_mtime < max_age:
-                return False
+        if is_young(target, max_age):
+            return False
         with (
             closing(sqlite3.connect(f"{Path(self.path).as_uri()}?mode=rw", uri=True)) as source,
-            _new_copy(source, target) as copy,
+            whole_copy(source, target) as copy,
         ):
+            refuse_loss(copy, target)
             os.replace(copy, target)
         return True

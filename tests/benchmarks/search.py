@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""How good the search is: samplers and pruners in simulated studies, with intervals.
+
+    python tests/benchmarks/search.py                     all of search-figures.txt: ten minutes
+    python tests/benchmarks/search.py --seeds 4 --workers 4   a first look: one minute
+
+Real samplers and pruners of hpo/search in virtual time (search_simulator.py), on the problems of
+search_problems.py.  Two runs of the same problem and seed are a pair.  A method is chosen on the
+seeds from 0, and confirmed on those from 1000, which are the ones of the table.
+
+You should see a table for each number of workers, and at the end the same in search-figures.txt:
+
+    regret     what the best model's loss lies above the lowest there is: its geometric mean, as a
+               share of that of a typical random configuration
+    ln, ±      the mean difference of ln(regret) to `old`, and its standard error; -0.7 halves it
+    × random   how many times less is needed than with `random`, to reach the same regret: the
+               worse one of both at the end; with the interval that holds 95 % of the resamplings
+    × old      the same beside the defaults of before (TPE and median as in Optuna)
+
+With several problems these are resampled; with one, its seeds: it then says nothing of others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+BUNDLE = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(BUNDLE / "code_and_slurm-scripts"), str(Path(__file__).parent)]
+
+import numpy as np  # noqa: E402
+import optuna  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+from search_problems import mnist, tables  # noqa: E402
+from search_simulator import Problem, simulate  # noqa: E402
+
+Array = NDArray[np.float64]
+FIGURES = Path(__file__).with_name("search-figures.txt")
+BUDGETS = {1: 40, 4: 60, 16: 100, 64: 140}  # full trainings, by the number of workers
+CONFIRM = 1000  # the first seed of those that nothing was chosen by
+NEW = {"SAMPLER": "tpe", "PRUNER": "halving"}
+OLD = {"SAMPLER": "tpe:count_pruned=True", "PRUNER": "median"}
+RANDOM = {"SAMPLER": "random", "PRUNER": "none"}
+METHODS = {
+    "random": RANDOM,
+    "old": OLD,
+    "old, halving": {**OLD, "PRUNER": "halving"},
+    "new, median": {**NEW, "PRUNER": "median"},
+    "new": NEW,
+}
+RESAMPLINGS = 2000
+ROW = "{:<14}{:>8}{:>8}{:>7}   {:<20}{:<20}"
+
+
+class Part(NamedTuple):
+    """One table of the figures."""
+
+    title: str
+    problems: list[str]
+    workers: int
+    seeds: range
+    methods: dict[str, dict[str, str]]
+
+
+def problem_of(name: str) -> Problem:
+    """Return a problem by its name; raises KeyError."""
+    return mnist() if name == "mnist" else {table.name: table for table in tables()}[name]
+
+
+def _run(task: tuple[str, dict[str, str], int, int, int]) -> list[float]:
+    name, method, workers, budget, seed = task
+    problem = problem_of(name)
+    scale = np.log(problem.typical - problem.best)
+    return [ln - float(scale) for ln in simulate(problem, method, workers, budget, seed)]
+
+
+def measure(pool: ProcessPoolExecutor, part: Part) -> dict[str, Array]:
+    """Return each method's ln(regret): (problems, seeds, budget)."""
+    budget = BUDGETS[part.workers]
+    tasks = [
+        (name, method, part.workers, budget, seed)
+        for method in part.methods.values()
+        for name in part.problems
+        for seed in part.seeds
+    ]
+    found = np.array(list(pool.map(_run, tasks)))
+    shape = (len(part.methods), len(part.problems), len(part.seeds), budget)
+    return dict(zip(part.methods, found.reshape(shape), strict=True))
+
+
+# ---- what the runs say ---------------------------------------------------------------------
+
+
+def speed_up(mine: Array, other: Array) -> float:
+    """Return how many times less budget `mine` needs for what both reach; each (…, budget)."""
+    a, b = (np.minimum.accumulate(x.reshape(-1, x.shape[-1]).mean(axis=0)) for x in (mine, other))
+    goal = max(a[-1], b[-1])
+    return float((np.argmax(b <= goal) + 1) / (np.argmax(a <= goal) + 1))
+
+
+def interval(mine: Array, other: Array) -> tuple[float, float]:
+    """Return the speed-up's 2.5 % and 97.5 % points over resampled problems, or else seeds."""
+    rng = np.random.default_rng(0)
+    axis = 0 if len(mine) > 1 else 1
+    drawn = []
+    for _ in range(RESAMPLINGS):
+        picked = rng.integers(mine.shape[axis], size=mine.shape[axis])
+        drawn.append(speed_up(np.take(mine, picked, axis), np.take(other, picked, axis)))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def difference(mine: Array, other: Array) -> tuple[float, float]:
+    """Return the mean and the standard error of the paired difference of the last ln(regret)."""
+    last = mine[..., -1] - other[..., -1]
+    each = last.mean(axis=1) if len(last) > 1 else last[0]
+    return float(last.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
+
+
+def table(title: str, found: dict[str, Array]) -> str:
+    """Return the table of one number of workers."""
+    lines = [title, ROW.format("", "regret", "ln", "±", "× random", "× old").rstrip()]
+    for name, mine in found.items():
+        regret = f"{np.exp(mine[..., -1].mean()):.3f}"
+        ln, error = difference(mine, found["old"])
+        words = [_with_interval(mine, found[other], name == other) for other in ("random", "old")]
+        numbers = ("", "") if name == "old" else (f"{ln:+.2f}", f"{error:.2f}")
+        lines.append("    " + ROW.format(name, regret, *numbers, *words).rstrip())
+    lines[1] = "    " + lines[1]
+    return "\n".join(lines)
+
+
+def _with_interval(mine: Array, other: Array, same: bool) -> str:
+    if same:
+        return ""
+    low, high = interval(mine, other)
+    return f"{speed_up(mine, other):.1f} ({low:.1f} … {high:.1f})"
+
+
+# ---- the command ---------------------------------------------------------------------------
+
+
+def parts(seeds: int, workers: Sequence[int]) -> Iterable[Part]:
+    """Yield what is measured: first what was chosen by, then what confirms it on other seeds."""
+    fresh = range(CONFIRM, CONFIRM + seeds)
+    if 16 in workers:
+        title = f"mnist, 16 workers, {BUDGETS[16]} full trainings; chosen by {seeds} seeds from 0"
+        yield Part(title, ["mnist"], 16, range(seeds), METHODS)
+    for number in workers:
+        size = f"{number} workers, {BUDGETS[number]} full trainings"
+        confirms = {name: METHODS[name] for name in ("random", "old", "new")}
+        yield Part(f"mnist, {size}; {seeds} other seeds", ["mnist"], number, fresh, confirms)
+    names = [each.name for each in tables()]
+    if names and 4 in workers:  # nothing is pruned: `new` does as `old`
+        few = fresh[: max(1, seeds // 10)]
+        title = f"{len(names)} tables, 4 workers, {BUDGETS[4]} trials; {len(few)} seeds each"
+        yield Part(title, names, 4, few, {name: METHODS[name] for name in ("random", "old")})
+
+
+def head(command: Sequence[str]) -> str:
+    """Return what the figures are of."""
+    problem = mnist()
+    explained = ", ".join(f"{100 * share:.0f} %" for share in problem.explained)
+    return (
+        "How good the search is.  Written by\n\n"
+        f"    .venv/bin/python tests/benchmarks/search.py {' '.join(command)}".rstrip()
+        + "\n\nWhat the columns mean: search.py.  The surrogate of mnist is of "
+        f"{problem.curves} curves of\n{problem.configurations} configurations; left out, a "
+        f"curve's ln(loss) after 1 to 5 epochs is foretold to\n{explained}.\n"
+    )
+
+
+def main() -> None:
+    """Measure one part after another; write the figures after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--workers", type=int, nargs="+", choices=list(BUDGETS), default=[*BUDGETS])
+    arguments = parser.parse_args()
+    text = [head(sys.argv[1:])]
+    print(text[0], flush=True)
+    with ProcessPoolExecutor(os.cpu_count(), initializer=_quiet) as pool:
+        for part in parts(arguments.seeds, arguments.workers):
+            text.append(table(part.title, measure(pool, part)) + "\n")
+            print(text[-1], flush=True)
+            FIGURES.write_text("\n".join(text))
+
+
+def _quiet() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

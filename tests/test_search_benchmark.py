@@ -1,0 +1,96 @@
+"""The simulator of tests/benchmarks/search.py, its statistics, and the table that it rests on."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import search
+from search_problems import NAMES, TABLE
+from search_simulator import simulate
+
+
+class Bowl:
+    """The lowest is at 0.3 on each of two axes; a value halves with each of five epochs."""
+
+    name, full, best, typical = "bowl", 5, 0.0, 1.0
+
+    def __init__(self) -> None:
+        self.trained: list[dict[str, Any]] = []
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        config = {name: trial.suggest_float(name, 0, 1) for name in "ab"}
+        self.trained.append(config)
+        return config
+
+    def curve(self, config: Mapping[str, Any], rng: np.random.Generator) -> list[float]:
+        return [self.truth(config) + 0.5**epoch for epoch in range(self.full)]
+
+    def truth(self, config: Mapping[str, Any]) -> float:
+        return float(sum((value - 0.3) ** 2 for value in config.values()))
+
+
+def test_study_costs_its_budget_and_finds_the_best_of_what_it_has_trained() -> None:
+    bowl = Bowl()
+    found = simulate(bowl, search.RANDOM, 4, 20, seed=1)
+    assert len(found) == 20
+    # 20 full trainings of 5 epochs; the other three workers have one in hand.
+    assert len(bowl.trained) in range(20, 20 + 4 + 1)
+    assert found == sorted(found, reverse=True)
+    regrets = [math.log(bowl.truth(config)) for config in bowl.trained]
+    assert min(regrets) <= found[-1] <= sorted(regrets)[4]
+    assert found[0] == math.log(bowl.typical)  # four begin, and none is complete yet
+    assert simulate(Bowl(), search.RANDOM, 4, 20, seed=1) == found
+    assert simulate(Bowl(), search.RANDOM, 4, 20, seed=2) != found
+
+
+def test_pruned_trials_leave_their_epochs_to_others() -> None:
+    trained = {}
+    for name in ("old", "new"):
+        bowl = Bowl()
+        simulate(bowl, search.METHODS[name], 4, 20, seed=1)
+        trained[name] = bowl.trained
+        assert len({tuple(config.values()) for config in bowl.trained}) == len(bowl.trained)
+    # Two epochs of five at least: the first rung is at step 1.
+    assert 24 < len(trained["old"]) < 50 + 4
+    assert 24 < len(trained["new"]) < 50 + 4
+
+
+def test_speed_up_is_the_ratio_of_what_both_need_for_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(search, "RESAMPLINGS", 100)
+    budgets = np.arange(1.0, 101)
+    slow = np.array([[-np.log(budgets)] * 10])
+    fast = np.array([[-np.log(2 * budgets)] * 10])
+    assert search.speed_up(fast, slow) == 2
+    assert search.speed_up(slow, fast) == 0.5
+    assert search.speed_up(slow, slow) == 1
+    assert search.interval(fast, slow) == (2, 2)
+    assert search.difference(fast, slow)[0] == pytest.approx(-math.log(2))
+    rng = np.random.default_rng(0)
+    noisy = fast + rng.normal(0, 1, (1, 10, 1))
+    low, high = search.interval(noisy, slow)
+    assert low < 2 < high
+    assert search.difference(noisy, slow)[1] == pytest.approx(1 / math.sqrt(10), rel=0.5)
+    shown = search.table("title", {"random": slow, "old": slow, "new": fast}).splitlines()
+    assert shown[-1].endswith("  2.0 (2.0 … 2.0)     2.0 (2.0 … 2.0)")
+    assert shown[-1].split()[:4] == ["new", "0.005", "-0.69", "0.00"]
+
+
+def test_the_table_of_curves_is_whole() -> None:
+    with TABLE.open() as table:
+        rows = list(csv.DictReader(table))
+    curves = Counter(row["configuration"] for row in rows)
+    assert len(curves) >= 300
+    assert sum(number == 3 for number in curves.values()) >= 10
+    assert len({(row["configuration"], row["seed"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert all(0 < float(row[f"loss{epoch}"]) < 10 for epoch in range(1, 6))
+        assert {name for name in NAMES if float(row[name]) <= 0} == set()

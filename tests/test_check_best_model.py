@@ -201,7 +201,7 @@ def test_live_view_of_many_workers_in_a_small_terminal(study: optuna.Study) -> N
     assert max(map(len, lines)) <= 60
     text = "\n".join(lines)
     assert "] 27 %" in text  # there are 88 already
-    assert f"best {shown(study.best_value)} (trial {study.best_trial.number}: lr=" in text
+    assert f"best {shown(study.best_value)} (trial {study.best_trial.number}): lr=" in text
     assert re.search(r"^  trial 24 +epoch 1 of [235] +0:0\d  0\.25 +worker 0 on", text, re.M)
     assert re.search(r"^  … and 6\d more$", text, re.M)
     assert "  trial 22    pruned after" in text

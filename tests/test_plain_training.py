@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import subprocess
@@ -11,34 +10,18 @@ import sys
 from common import BUNDLE, SCRIPTS, Run
 from hpo.settings import Settings
 from hpo.study.opening import open_study
+from plain import changed, check_page
 
 FOLDER = BUNDLE / "tests" / "plain_training"
 MOST_CHANGED = 30  # lines
 
 
-def lines(name: str) -> list[str]:
-    """Return the lines of a script that are not blank."""
-    return [line for line in (FOLDER / name).read_text().splitlines() if line.strip()]
-
-
 def test_thirty_lines_are_changed() -> None:
-    before, after = lines("train.py"), lines("my_study.py")
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-    changed = sum(
-        max(old_end - old, new_end - new)
-        for kind, old, old_end, new, new_end in matcher.get_opcodes()
-        if kind != "equal"
-    )
-    assert 0 < changed <= MOST_CHANGED
+    assert 0 < changed(FOLDER / "train.py", FOLDER / "my_study.py") <= MOST_CHANGED
 
 
 def test_its_readme_shows_the_difference() -> None:
-    diff = difflib.unified_diff(lines("train.py"), lines("my_study.py"), n=1, lineterm="")
-    expected = ["@@" if line.startswith("@@") else line for line in diff][2:]  # without the names
-    text = (FOLDER / "README.txt").read_text()
-    shown = re.search(r"^    @@\n(    .*\n)+", text, re.MULTILINE)
-    assert shown, "\n".join(f"    {line}" for line in expected)
-    assert [line[4:] for line in shown[0].splitlines()] == expected
+    check_page((FOLDER / "README.txt").read_text(), FOLDER / "train.py", FOLDER / "my_study.py")
 
 
 def run_plain(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -132,7 +132,7 @@ def test_a_group_may_write_where_the_umask_lets_it(mask: int, mode: int, own_stu
     try:
         study = create_or_open_study(Settings.from_env())
         checkpoint.save(study.ask(), losses=[1.0])
-        storage_of(study).backup(own_study.with_name("study.db.backup"))  # type: ignore[attr-defined]
+        storage_of(study).file.backup(own_study.with_name("study.db.backup"))  # type: ignore[attr-defined]
     finally:
         os.umask(before)
     files = {path.name: path for path in own_study.parent.rglob("*") if path.is_file()}

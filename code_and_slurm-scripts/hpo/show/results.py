@@ -136,6 +136,9 @@ def load_weights(settings: Settings, number: int) -> dict[str, Any]:
     """
     path = weights_path(settings, number)
     if not os.path.exists(path):
+        own = folder_path(settings, number)
+        if models := ", ".join(str(each) for each in own.glob("model.*")):
+            raise UserError(f"the model of trial {number} is a file of its framework: {models}")
         raise UserError(
             f"the weights of trial {number} are not here ({path}): those of the KEEP_BEST best "
             "trials are kept, if the objective calls checkpoint.save"

@@ -4,7 +4,9 @@
     python check_best_model.py                at any time, from any folder, also while workers run
     python check_best_model.py --trial N      one trial: its parameters, its test score
     python check_best_model.py --watch        follow it until all trials are done
-    python check_best_model.py --report       pictures: report-STUDY_NAME/report.html and PNGs
+    python check_best_model.py --report       a page: report-STUDY_NAME/report.html, and pictures
+    python check_best_model.py --csv FILE     all trials, and FILE-curves.csv: what they reported
+    python check_best_model.py --compare A B  studies A and B of STUDY_DB side by side, on a page
     python check_best_model.py --export DIR   the best model: weights, configuration, code
     python check_best_model.py --retrain 5    the best configuration on all images, five seeds
 
@@ -35,19 +37,14 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial
 
-from hpo.checkpoint import folder_path, weights_path
 from hpo.settings import Settings, UserError, run_script
+from hpo.show.compare import compare
 from hpo.show.export import ExportFailed, export, mean_and_deviation, retrain
+from hpo.show.facts import objective_names
 from hpo.show.progress import follow
-from hpo.show.report import objective_names, write_report
-from hpo.show.results import (
-    chosen_trial,
-    configuration,
-    load_script,
-    load_weights,
-    scores,
-    shown_score,
-)
+from hpo.show.report import write_report
+from hpo.show.results import chosen_trial, shown_score, tested
+from hpo.show.trial_table import write_csv
 from hpo.study.opening import backup_in_use, open_study, stuck
 from hpo.study.trials import (
     Finalist,
@@ -68,6 +65,9 @@ def main() -> int:
     """Do what the command line asks for; return the exit status."""
     options = arguments()
     settings = Settings.from_env()
+    if options.compare:
+        print(f"report          {compare(options.compare, settings)}")
+        return 0
     study = open_study(settings)
     if note := backup_in_use(study):
         print(note)
@@ -84,7 +84,11 @@ def show(study: optuna.Study, settings: Settings, options: argparse.Namespace) -
         follow(study, settings)
     elif options.report is not None:
         folder = Path(options.report).absolute() if options.report else None
-        print(f"report          {write_report(study, settings, folder)}")
+        scored = print_state(study, settings)
+        print(f"report          {write_report(study, settings, folder, scored)}")
+    elif options.csv is not None:
+        for path in write_csv(study, settings, objective_names(study), Path(options.csv)):
+            print(f"written         {path}")
     elif options.export is not None:
         return export_model(study, settings, options)
     elif options.retrain:
@@ -126,12 +130,15 @@ def arguments() -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--watch", action="store_true", help="follow the study until it is done")
-    what.add_argument("--report", nargs="?", const="", metavar="DIR", help="write the pictures")
+    what.add_argument("--report", nargs="?", const="", metavar="DIR", help="write a page of it")
+    what.add_argument("--csv", metavar="FILE", help="write all trials, and FILE-curves.csv")
+    what.add_argument("--compare", nargs="+", metavar="STUDY", help="a page on several studies")
     what.add_argument("--export", metavar="DIR", help="write the best model into a new folder")
     what.add_argument("--retrain", type=seeds, metavar="K", help="train it anew with K seeds")
     parser.add_argument("--trial", type=int, metavar="N", help="take trial N, not the best one")
     options = parser.parse_args()
-    if options.trial is not None and (options.watch or options.report is not None):
+    others = (options.watch, options.report is not None, options.csv, options.compare)
+    if options.trial is not None and any(others):
         raise UserError("--trial goes alone, with --export or with --retrain: not with the others")
     return options
 
@@ -143,8 +150,8 @@ def seeds(text: str) -> int:
     return int(text)
 
 
-def print_state(study: optuna.Study, settings: Settings) -> None:
-    """Print how far the study is, what failed, the best trials, and their score."""
+def print_state(study: optuna.Study, settings: Settings) -> dict[str, str]:
+    """Print how far the study is, what failed, the best trials; return the best one's scores."""
     print(f"study {study.study_name} in {settings.shown_db}")
     counts = count(study, settings)
     print(counts)
@@ -166,7 +173,8 @@ def print_state(study: optuna.Study, settings: Settings) -> None:
                 print_row(trial, shown(trial.values[0]))
             print(f"best_value  {shown(best[0].values[0])} (trial {best[0].number})")
         print_params("best_params", best[0])
-        print_test_scores(study, settings, best[0])
+        return print_test_scores(study, settings, best[0])
+    return {}
 
 
 def print_trial(study: optuna.Study, settings: Settings, trial: FrozenTrial) -> None:
@@ -224,24 +232,14 @@ def print_front(study: optuna.Study, front: list[FrozenTrial]) -> None:
     print("one of them: --trial N, --export DIR --trial N, --retrain K --trial N")
 
 
-def print_test_scores(study: optuna.Study, settings: Settings, trial: FrozenTrial) -> None:
-    """Score the weights of a trial with the `test_model` function of the study's own script."""
-    folder = folder_path(settings, trial.number)
-    if folder.is_dir():
-        print(f"folder          {folder}")
-        if not weights_path(settings, trial.number).exists():
-            return  # of a program, or a framework, that saves by itself
-    try:
-        weights = load_weights(settings, trial.number)
-        script = load_script(study, settings)
-        script.need("test_model", "it")
-        found = scores(script, configuration(script, study, trial), weights)
-    except UserError as error:  # everything else has been shown
-        print(f"test score: {error}")
-        return
-    for name, score in found.items():
-        print(f"{name:15} {shown_score(score)}")
-    print(f"weights         {weights_path(settings, trial.number)}")
+def print_test_scores(
+    study: optuna.Study, settings: Settings, trial: FrozenTrial
+) -> dict[str, str]:
+    """Print, and return, what the study's script says of the weights of a trial."""
+    rows = tested(study, settings, trial)
+    for name, text in rows.items():
+        print(f"{name:15} {text}")
+    return rows
 
 
 if __name__ == "__main__":

@@ -6,7 +6,11 @@
 #
 # Makes ../.venv if there is none, starts one worker per GPU (without a GPU: one per core, with one
 # thread each), shows the progress, and ends with what check_best_model.py says.  The workers' logs
-# are ../logs/local.RANK.out.  Ctrl-C stops all workers; the same command goes on with the study.
+# are ../logs/local.RANK.out.  Ctrl-C, or closing the terminal, stops all workers; the same command
+# goes on with the study.
+case "${BASH_VERSION:-}:${SHELLOPTS:-}" in # sh run-optuna-local.sh
+    :* | *posix*) exec bash "$0" "$@" ;;
+esac
 set -euo pipefail
 
 # ---------- USER CONFIG: EDIT ----------
@@ -62,13 +66,14 @@ echo "Starting $workers workers (${#gpus[@]} GPUs); logs: $logs/local.RANK.out"
 pids=()
 # shellcheck disable=SC2329 # called by the trap below
 stop() {
-    trap '' INT TERM
-    echo "Stopping; the running trials go back to the queue …"
+    trap '' INT TERM HUP
     kill -TERM "${pids[@]}" "$watch" 2>/dev/null || true
+    echo "Stopping; the running trials go back to the queue …" || true # the terminal may be closed
     wait "${pids[@]}" || true
-    echo "Stopped. The same command goes on with the study."
+    echo "Stopped. The same command goes on with the study." || true
     exit 130
 }
+trap '' HUP # of a closed terminal: this script alone hears it, and ends the others as with Ctrl-C
 "$python" check_best_model.py --watch &
 watch=$!
 trap stop INT TERM
@@ -86,6 +91,7 @@ for ((rank = 0; rank < workers; rank++)); do
     pids+=("$!")
 done
 
+trap stop HUP
 status=0
 for pid in "${pids[@]}"; do
     wait "$pid" || status=$?
@@ -96,4 +102,17 @@ if ((status != 0)); then
     echo "A worker ended with status $status; the reason is at the end of its log in $logs" >&2
 fi
 "$python" check_best_model.py
+# What was given; TOTAL_TRIALS and SEED have other defaults here.
+settings=$("$python" -m hpo.settings given | sed -E 's/ ?\b(TOTAL_TRIALS=[0-9]+|SEED=6\b)//g')
+cat <<EOF
+
+What next?  In $PWD:
+    a page with pictures and all trials, and a file for the model:
+        ${settings:+$settings }../.venv/bin/python check_best_model.py --report
+        ${settings:+$settings }../.venv/bin/python check_best_model.py --export best
+    more trials of the same study:
+        ${settings:+$settings }TOTAL_TRIALS=$((2 * TOTAL_TRIALS)) bash run-optuna-local.sh
+    your own model:
+        OWN_MODEL.txt
+EOF
 exit "$status"

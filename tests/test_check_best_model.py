@@ -6,14 +6,18 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
 import pytest
 import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import TrialState
 
 import optuna_mnist
 from common import SCRIPTS, SMALL, Run
@@ -28,6 +32,7 @@ from hpo.train.training import Trainer
 from hpo.trial import tidy
 from hpo.words import shown
 
+RUNNING = TrialState.RUNNING
 CHECK = SCRIPTS / "check_best_model.py"
 
 
@@ -182,19 +187,52 @@ def test_final_training_uses_every_image(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == [60_000] * 3
 
 
-def test_live_view_names_workers_and_time_left(study: optuna.Study) -> None:
+def test_live_view_of_many_workers_in_a_small_terminal(study: optuna.Study) -> None:
+    """Its head is whole whatever follows, and all times are those of the study."""
     fill(study, 24)
-    trial = study.ask()
-    trial.suggest_float("lr", 1e-4, 5e-3, log=True)
-    trial.report(0.25, 1)
-    text = progress.view(study, count(study, Settings.from_env(TOTAL_TRIALS="48")), 0.1)
-    assert "] 50 %" in text
-    assert "6.0 trials per minute" in text
-    assert "about 4 min left" in text
-    assert f"best {shown(study.best_value)} (trial {study.best_trial.number})" in text
-    host = os.uname().nodename
-    assert re.search(rf"  trial 24 +worker 0 on {host} +0:0\d   step 1: 0\.25", text)
+    settings = Settings.from_env(TOTAL_TRIALS="48")
+    for _ in range(64):
+        trial = study.ask()
+        trial.suggest_categorical("epochs", [2, 3, 5])
+        trial.report(0.25, 0)
+    now = datetime.now() + timedelta(seconds=3)
+    lines = progress.view(study, count(study, settings), now, 60, 24)
+    assert len(lines) == 23
+    assert max(map(len, lines)) <= 60
+    text = "\n".join(lines)
+    assert "] 27 %" in text  # there are 88 already
+    assert f"best {shown(study.best_value)} (trial {study.best_trial.number}): lr=" in text
+    assert re.search(r"^  trial 24 +epoch 1 of [235] +0:0\d  0\.25 +worker 0 on", text, re.M)
+    assert re.search(r"^  … and 6\d more$", text, re.M)
+    assert "  trial 22    pruned after" in text
     assert "  2 × out of memory (MemoryError)" in text
+    assert "logs/local.*.out" in text
+    assert "(Ctrl-C ends this view alone; the workers go on)" in text
+    for rows in (5, 10):
+        few = progress.view(study, count(study, settings), now, 60, rows)
+        assert few == lines[: len(few)][: rows - 1]
+
+
+def test_time_left_is_that_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = datetime(2026, 3, 1, 12)
+    four: dict[str, BaseDistribution] = {"epochs": CategoricalDistribution([4])}
+    running = [
+        optuna.create_trial(
+            state=RUNNING, params={"epochs": 4}, distributions=four, intermediate_values={0: 1.0}
+        )
+        for _ in range(2)
+    ]
+    for trial in running:
+        trial.datetime_start = start
+    now = start + timedelta(seconds=10)
+    # Before the first trial ends: an epoch of four took 10 s, and ten trials are for two workers.
+    assert progress.seconds_left(running, 10, now) == pytest.approx((10 * 40 - 20) / 2)
+    done = optuna.create_trial(value=1.0)
+    done.datetime_start, done.datetime_complete = start, start + timedelta(seconds=20)
+    assert progress.seconds_left([done, *running], 10, now) == pytest.approx((10 * 20 - 20) / 2)
+    assert progress.seconds_left([done], 10, now) is None  # nobody works
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    assert progress.what_ctrl_c_does().startswith("(Ctrl-C stops the workers")
 
 
 def test_watch_refreshes_a_terminal(study: optuna.Study) -> None:
@@ -204,8 +242,23 @@ def test_watch_refreshes_a_terminal(study: optuna.Study) -> None:
     subprocess.run([sys.executable, str(CHECK), "--watch"], env=env, stdout=terminal, timeout=60)
     os.close(terminal)
     shown = os.read(controller, 65536).decode()
-    assert shown.startswith(progress.CLEAR)
+    assert shown.startswith(progress.HOME)
     assert "] 100 %" in shown
+
+
+def test_watch_in_a_pipe_has_a_line_per_trial(
+    study: optuna.Study, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(study, 2)
+    settings = Settings.from_env(TOTAL_TRIALS="4")
+    monkeypatch.setattr("time.sleep", lambda seconds: study.tell(study.ask(), 0.5))
+    progress.follow(study, settings)
+    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].startswith("2 of 4 trials: 2 complete")
+    assert [re.sub(r" after .*? \(", " (", line).split(";")[0] for line in lines[1:]] == [
+        "trial 2     complete 0.5 (3 of 4 finished",
+        "trial 3     complete 0.5 (4 of 4 finished",
+    ]
 
 
 def test_watch_of_a_finite_study_ends_when_it_is_exhausted(study: optuna.Study, run: Run) -> None:
@@ -213,5 +266,5 @@ def test_watch_of_a_finite_study_ends_when_it_is_exhausted(study: optuna.Study, 
     study.set_user_attr("combinations", 12)
     shown = run("check_best_model.py", "--watch").stdout
     assert "12 of 12 trials" in shown
-    assert progress.CLEAR not in shown
+    assert progress.HOME not in shown
     assert "12 of 12 trials" in run("check_best_model.py").stdout

@@ -21,8 +21,8 @@ import check_best_model
 import known_for_tests
 from hpo.search.given import FinalsAreWhole, GivenFirst
 from hpo.settings import Settings, UserError, forget
+from hpo.show import facts
 from hpo.show.pictures import pictures_of
-from hpo.show.report import facts
 from hpo.show.results import chosen_trial
 from hpo.study.opening import create_or_open_study, open_study
 from hpo.study.trials import FINAL_OF, best_line, best_searched, count, is_final, limit, to_keep
@@ -158,7 +158,7 @@ def test_the_best_mean_is_the_best_model(
     assert chosen_trial(study, None).number == 8
     words = "0.22 ± 0.02 (mean of 3 seeds, trial 8); by one run 0.1 (trial 0)"
     assert best_line(study) == f"best {words}"
-    assert facts(study, settings, ["loss"])["Best trial"] == {"loss": words, "x": "1"}
+    assert facts.best(study, ["loss"], {}) == {"loss": words, "x": "1"}
     check_best_model.print_state(study, settings)
     printed = capsys.readouterr().out
     assert "17 of 17 trials: 17 complete" in printed

@@ -292,9 +292,9 @@ def states(scripts: Path) -> list[str]:
 
 def test_local_study_runs_and_goes_on_with_more_trials(local: Path) -> None:
     script = str(local / "run-optuna-local.sh")
-    for total in ("2", "4"):
+    for total, command in (("2", [script]), ("4", ["sh", script])):
         result = subprocess.run(
-            ["bash", script],
+            command,
             env={**os.environ, "TOTAL_TRIALS": total, "PRUNER": "none"},
             cwd="/",
             capture_output=True,
@@ -305,6 +305,9 @@ def test_local_study_runs_and_goes_on_with_more_trials(local: Path) -> None:
         assert f"{total} trials: {total} complete" in result.stdout.replace(f"{total} of ", "")
         assert "best_params" in result.stdout
         assert "test accuracy" in result.stdout
+        assert (
+            f"PRUNER=none TOTAL_TRIALS={2 * int(total)} bash run-optuna-local.sh" in result.stdout
+        )
     assert len(states(local)) == 4
 
 
@@ -359,22 +362,38 @@ def test_local_study_uses_the_preset_gpus_alone_and_starts_a_dead_worker_again(
     assert "the worker died with status 137: starting it again (1 of 3)" in logs
 
 
-def test_ctrl_c_ends_all_workers_and_returns_their_trials(local: Path) -> None:
+SLOW = """
+import time
+from hpo.settings import run_script
+from hpo.worker import run_worker
+
+def objective(trial):
+    time.sleep(600)
+
+if __name__ == "__main__":
+    run_script(lambda: run_worker(objective))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_ends_all_workers_and_returns_their_trials(local: Path, number: int) -> None:
+    """And so does a terminal that is closed: who follows it could not end them any more."""
+    (local / "slow.py").write_text(SLOW)
     launcher = subprocess.Popen(
         ["bash", str(local / "run-optuna-local.sh")],
-        env={**os.environ, "TOTAL_TRIALS": "50", "TRAIN_IMAGES": "50000"},
+        env={**os.environ, "TOTAL_TRIALS": "50", "PY_SCRIPT": "slow.py"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         # Where the tests run in the background of a shell, it is ignored, and bash keeps it so.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL) and None,
     )
     deadline = time.monotonic() + 120
     while not (local / "study.db").exists() or "RUNNING" not in states(local):
         assert time.monotonic() < deadline, "no worker has claimed a trial"
         time.sleep(0.2)
-    os.killpg(launcher.pid, signal.SIGINT)  # what a terminal does with Ctrl-C
+    os.killpg(launcher.pid, number)  # what a terminal does with Ctrl-C, and when it is closed
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 130, output
     assert "The same command goes on with the study" in output
@@ -382,6 +401,30 @@ def test_ctrl_c_ends_all_workers_and_returns_their_trials(local: Path) -> None:
         os.killpg(launcher.pid, 0)  # no process of the group is left
     assert "RUNNING" not in states(local)
     assert "WAITING" in states(local)
+
+
+def test_installation_is_mended_and_needs_a_network(tmp_path: Path) -> None:
+    """A folder without pip, and one whose Python is gone; then no index of packages."""
+    no_network = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "gone" / "bin").mkdir(parents=True)
+    (tmp_path / "gone" / "bin" / "python").symlink_to("/no/such/python")
+    source = f"source {BUNDLE}/code_and_slurm-scripts/hpo/job/venv.sh; cd {tmp_path}; "
+    mended = f"for each in empty gone; do make_pip $each {sys.executable} && has_pip $each; done"
+    for command, status, said in (
+        (mended, 0, ""),
+        ("find_packages gone/bin/python", 2, "the first time this needs a network"),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", source + command],
+            env={**os.environ, **no_network, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == status, done.stderr
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == bool(said)
 
 
 SERVER = """#!/bin/bash

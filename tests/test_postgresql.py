@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from common import HELPERS, SCRIPTS, Run
 from hpo import settings as settings_module
 from hpo.settings import Settings, UserError
-from hpo.show.report import facts
+from hpo.show import facts
 from hpo.study import copying
 from hpo.study.engines import EngineError, postgresql
 from hpo.study.engines.postgresql import PostgreSQL
@@ -104,7 +104,7 @@ def test_workers_go_on_after_a_restart_and_a_kill_and_leave_a_backup(
 def _check_no_password(said: str, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Of what a study on that server shows to people."""
     settings = Settings.from_env(STUDY_DB=url)
-    said += str(facts(open_study(settings), settings, ["value"]))
+    said += str(facts.settings_of(open_study(settings), settings))
     settings_module.print_table()
     sys.argv, before = ["settings", "given"], sys.argv
     settings_module.print_table()

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import itertools
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from datetime import datetime
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
 
 from common import Run
 from fake_study import fill
 from hpo.settings import Settings, UserError
-from hpo.show.pictures import bars
+from hpo.show import facts
+from hpo.show.compare import compare
+from hpo.show.pictures import limits
 from hpo.show.report import write_report
+from hpo.show.sample import thinned
+from hpo.show.timeline import SLOTS, bars, busy
+from hpo.show.trial_table import for_page, log_name, write_csv
 from hpo.study.opening import create_or_open_study
+from hpo.study.trials import best_trials, complete
 
-ONE = ["history", "importances", "parallel", "slice", "contour", "intermediate", "timeline", "edf"]
+KINDS = ["history", "slice", "parallel", "importances", "contour", "edf"]
+ONE = ["history", "intermediate", *KINDS[1:], "timeline", "utilisation"]
 TWO = [
     "pareto",
-    *(f"{kind}-{name}" for kind in ("history", "importances", "parallel", "slice", "edf")
-      for name in ("loss", "parameters")),
+    *(
+        f"{kind}-{name}"
+        for name in ("1-loss", "2-parameters")
+        for kind in KINDS
+        if kind != "contour"
+    ),
     "timeline",
-]  # fmt: skip
+    "utilisation",
+]
+TABLES = ["report.html", "trials-curves.csv", "trials.csv"]
 
 
 @pytest.fixture
@@ -74,15 +93,22 @@ def test_every_picture_is_drawn_in_a_browser(
 ) -> None:
     if objectives == 2:
         study = two_objectives()
-    fill(study, 60)
+    fill(study, 60 if objectives == 1 else 24)
     page = write_report(study, Settings.from_env(), tmp_path / "report")
     assert "not drawn" not in page.read_text()
     dom, console = open_in_browser(page, tmp_path / "profile")
     assert console == []
     assert drawn(dom) == names
-    pngs = [path.name for path in page.parent.glob("*.png") if path.read_bytes()[1:4] == b"PNG"]
-    assert sorted(pngs) == sorted(f"{name}.png" for name in names)
-    assert sorted(os.listdir(page.parent)) == sorted([*pngs, "report.html"])  # nothing left over
+    made = [f"{name}.{kind}" for name in names for kind in ("png", "pdf")]
+    assert sorted(os.listdir(page.parent)) == sorted([*made, *TABLES])  # nothing left over
+    for name in names:
+        assert (page.parent / f"{name}.png").read_bytes()[1:4] == b"PNG"
+        assert (page.parent / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
+    rows = re.search(r'<tbody id="rows">(.*?)</tbody>', dom, re.S)  # of the page's own script
+    assert rows
+    best = best_trials(study)[0]
+    assert re.findall(r"<tr><td>(\d+)</td><td>(\w+)<", rows[1])[0] == (str(best.number), "COMPLETE")
+    assert rows[1].count("<tr>") == 50
 
 
 def test_the_browser_test_sees_a_page_that_is_broken(tmp_path: Path) -> None:
@@ -102,43 +128,164 @@ def test_500_trials_fit_10_mb(study: optuna.Study, run: Run, tmp_path: Path) -> 
     assert page.stat().st_size < 10e6
     text = page.read_text()
     assert "src=" not in re.sub(r"<script>.*?</script>", "", text, count=1, flags=re.S)
-    for fact in ("<td>all</td><td>500</td>", "<td>complete</td><td>298</td>", "(trial 257)"):
+    for fact in ("<td>500 of 500</td>", "<td>complete</td><td>298</td>", "(trial 257)"):
         assert fact in text
 
 
-def test_values_of_the_user_cannot_break_the_page(study: optuna.Study, tmp_path: Path) -> None:
-    for number, name in enumerate(("<b>", "</script>", "&amp;") * 3):
+def test_nothing_of_the_user_can_break_the_page(tmp_path: Path) -> None:
+    """Markup, broken formulas, lists among the choices, numbers that no axis holds, any object."""
+    study = optuna.create_study()
+    choices: list[Any] = ["<b>", "</script>", "&amp;", [1, 2], [3], None, "$\\sqrt"]
+    for number in range(21):
         trial = study.ask()
-        trial.suggest_categorical("kind", ["<b>", "</script>", "&amp;"])
-        trial.suggest_float("x", 0, 1)
-        trial.set_user_attr("worker", name)
-        study.tell(trial, number)
+        trial.suggest_categorical("$\\frac{", choices)
+        trial.suggest_float("x$_{", 0, 1)
+        trial.set_user_attr("worker", f"<b>{number % 3}")
+        trial.set_user_attr("object", {(1, 2): object()})
+        trial.report([1e308, -1e308, float("nan"), 0.5][number % 4], 0)
+        study.tell(trial, [1e308, -1e308, float("inf"), *range(12)][number % 15])
     study.set_user_attr("py_script", "<img src=x>.py")
+    study.set_user_attr("objectives", ["$\\frac{ loss"])
     text = write_report(study, Settings.from_env(), tmp_path / "r").read_text()
     assert "&lt;img src=x&gt;.py" in text
     assert "<img" not in text.split("</script>", 1)[1]
     assert text.count("</script>") == text.count("<script")
+    assert "<td>6 with values that are infinite or beyond ±1e+100</td>" in text
+    assert "not drawn: " not in text
+    assert len(list((tmp_path / "r").glob("*.pdf"))) == len(ONE)
 
 
-def test_study_with_one_trial_says_what_it_cannot_draw(study: optuna.Study, tmp_path: Path) -> None:
+def test_study_with_one_trial_says_what_it_cannot_draw(
+    study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trial = study.ask()
     trial.suggest_float("x", 0, 1)
     study.tell(trial, 1.0)
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise OverflowError("any error")
+
+    monkeypatch.setattr(optuna.visualization, "plot_slice", broken)
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "contour.png").touch()  # of an earlier report
     text = write_report(study, Settings.from_env(), tmp_path / "r").read_text()
-    contour = text.split('id="contour"')[1]
-    assert "not drawn: the study has too few trials" in contour.split("<h2")[0]
-    assert 'id="plot-history"' in text
+    parts = {part.split('"')[0]: part for part in text.split('<h2 id="')[1:]}
+    assert "not drawn: 1 complete trials would say nothing: it takes 10" in parts["contour"]
+    assert "not drawn: OverflowError: any error" in parts["slice"]
+    assert 'id="plot-history"' in parts["history"]
+    assert not (tmp_path / "r" / "contour.png").exists()
 
 
-def test_empty_study_is_one_line_and_status_2(
-    study: optuna.Study, run: Run, tmp_path: Path
-) -> None:
+def test_page_of_a_study_without_a_result(study: optuna.Study, run: Run, tmp_path: Path) -> None:
+    for _ in range(2):
+        trial = study.ask()
+        trial.set_user_attr("fail_reason", "no such file")
+        study.tell(trial, state=TrialState.FAIL)
     result = run("check_best_model.py", "--report", str(tmp_path / "r"))
-    assert result.returncode == 2
-    assert result.stderr == (
-        "check_best_model.py: error: study 'mnist_hpo' has no complete trial yet: nothing to draw\n"
-    )
-    assert not (tmp_path / "r").exists()
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "r" / "report.html").read_text()
+    assert "not drawn: no trial is complete yet" in text
+    assert "<td>2 ×</td><td>no such file</td>" in text
+
+
+def test_ten_thousand_trials_are_thinned() -> None:
+    study = optuna.create_study()
+    fill(study, 2000)
+    trials = complete(study)
+    few = thinned(trials, 100, study.directions)
+    assert 90 <= len(few) <= 110
+    assert best_trials(study)[0] in few
+    numbers = [trial.number for trial in few]
+    assert numbers == sorted(numbers)
+    assert numbers[0] == trials[0].number
+    assert numbers[-1] >= trials[-50].number
+    text, number = for_page(study.trials, Settings.from_env(), ["value"], [1999, 7])
+    assert [row[0] for row in json.loads(text)["rows"]][:3] == [1999, 7, 0]
+    assert number == 2000
+
+
+def test_axis_leaves_out_a_few_very_bad_values() -> None:
+    values = [*(0.1 * index for index in range(20)), 1000.0]
+    low, high = limits(values, StudyDirection.MINIMIZE) or (0.0, 0.0)
+    assert low < 0 < 1.9 < high < 10
+    low, high = limits([-value for value in values], StudyDirection.MAXIMIZE) or (0.0, 0.0)
+    assert -10 < low < -1.9 < 0 < high
+    assert limits(values[:20], StudyDirection.MINIMIZE) is None  # all of them fit
+
+
+def test_hours_and_what_pruning_has_saved() -> None:
+    study = optuna.create_study()
+    start = datetime(2026, 3, 1, 12)
+    for worker, begin, epochs in ((0, 0, 4), (0, 4, 4), (1, 2, 1)):  # in hours
+        pruned = epochs == 1
+        trial = optuna.create_trial(
+            state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
+            value=None if pruned else 1.0,
+            intermediate_values=dict.fromkeys(range(epochs), 1.0),
+            user_attrs={"worker": f"worker {worker} on n1, job 7.1"},
+        )
+        trial.datetime_start = start + timedelta(hours=begin)
+        trial.datetime_complete = trial.datetime_start + timedelta(hours=epochs)
+        study.add_trial(trial)
+    found = facts.times(study)
+    assert found["worker hours"].startswith("9.00 h")
+    assert found["running"] == "8.0 h, with at most 2 trials at once"
+    assert found["utilisation"] == "56 % of 2 workers"
+    assert found["saved by pruning"] == "about 3.00 h: 1 pruned trials did 1 of 4 epochs"
+    assert [log_name(trial, Settings.from_env()) for trial in study.trials][1:] == [
+        "7.0.out",
+        "7.1.out",
+    ]
+    when, numbers = busy(bars(study, datetime.now()))
+    assert (when[0], when[-1]) == (start, start + timedelta(hours=8))
+    assert sum(numbers) / SLOTS == pytest.approx(9 / 8)
+
+
+def test_settings_show_no_password(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMPLER", "tpe:n_startup_trials=20")
+    study.set_user_attr("sampler", "tpe")
+    study.set_user_attr("total_trials", 42)
+    url = "postgresql+psycopg2://me:se@cret@host/db"
+    rows = facts.settings_of(study, replace(Settings.from_env(), study_db=url))
+    assert rows["STUDY_DB"] == "postgresql+psycopg2://me:***@host/db"
+    assert (rows["SAMPLER"], rows["TOTAL_TRIALS"]) == ("tpe:n_startup_trials=20", "42")
+    assert rows["TRAIN_IMAGES"] == "1000"
+    assert rows["versions"].startswith("Python 3.")
+
+
+def test_csv_has_every_trial_and_every_report(study: optuna.Study, tmp_path: Path) -> None:
+    fill(study, 24)
+    trial = study.ask()
+    trial.set_user_attr("size", {"a": [1]})
+    study.tell(trial, 0.1 + 0.2)
+    paths = write_csv(study, Settings.from_env(), ["loss"], tmp_path / "all.csv")
+    trials, curves = ([*csv.DictReader(path.open(encoding="utf-8-sig"))] for path in paths)
+    assert [path.name for path in paths] == ["all.csv", "all-curves.csv"]
+    assert len(trials) == 25
+    assert trials[11]["fail_reason"] == "out of memory (MemoryError)"
+    assert float(trials[24]["loss"]) == 0.1 + 0.2  # all digits
+    assert trials[24]["user_attrs_size"] == '{"a": [1]}'
+    assert trials[0]["params_batch_size"] == str(study.trials[0].params["batch_size"])
+    assert trials[0]["log"] == "local.0.out"
+    reports = [(t.number, s, v) for t in study.trials for s, v in t.intermediate_values.items()]
+    assert [(int(r["number"]), int(r["step"]), float(r["value"])) for r in curves] == reports
+    with pytest.raises(UserError, match="cannot be written"):
+        write_csv(study, Settings.from_env(), ["loss"], tmp_path / "all.csv" / "x.csv")
+
+
+def test_two_studies_side_by_side(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = create_or_open_study(Settings.from_env(STUDY_NAME="other", TRAIN_IMAGES="2000"))
+    create_or_open_study(Settings.from_env(STUDY_NAME="up", DIRECTION="maximize"))
+    fill(study, 24)
+    fill(other, 12)
+    settings = Settings.from_env(STUDY_NAME="other")
+    text = compare(["mnist_hpo", "other"], settings).read_text()
+    assert '<tr class="different"><td>TRAIN_IMAGES</td><td>1000</td><td>2000</td></tr>' in text
+    assert "<tr><td>finished</td><td>24 of 500</td><td>12 of 500</td></tr>" in text
+    assert "not drawn" not in text
+    for names, why in ((["other"], "takes 2"), (["other", "up"], "maximize"), (["x", "up"], "'x'")):
+        with pytest.raises(UserError, match=why):
+            compare(names, settings)
 
 
 def test_folder_that_is_a_file(study: optuna.Study, tmp_path: Path) -> None:
@@ -166,8 +313,8 @@ def test_missing_package_gives_the_command(
     monkeypatch.setenv("APPTAINER_CONTAINER", image)
     with pytest.raises(UserError, match="needs plotly, which this Python has not") as caught:
         write_report(study, Settings.from_env(), tmp_path / "r")
-    end = f"{image} pip install --user plotly==7.1.0" if image else "-m pip install plotly==7.1.0"
-    assert end in str(caught.value).splitlines()[1]
+    user = f"{image} pip install --user -c image.txt plotly==7.1.0"
+    assert (user if image else "-m pip install plotly==7.1.0") in str(caught.value).splitlines()[-1]
     assert not (tmp_path / "r").exists()
 
 

@@ -228,7 +228,7 @@ def test_missing_package_is_one_line_with_the_command(
     monkeypatch.setenv("APPTAINER_CONTAINER", "/images/pytorch.sif")
     with pytest.raises(UserError, match=f"SAMPLER={name} needs {package}, which") as caught:
         samplers.check_packages(Settings.from_env())
-    assert f"/images/pytorch.sif pip install --user {package}==" in str(caught.value)
+    assert f"/images/pytorch.sif pip install --user -c image.txt {package}==" in str(caught.value)
 
 
 def test_cmaes_moves_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:

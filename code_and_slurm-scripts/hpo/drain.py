@@ -10,7 +10,7 @@ Six things end a worker early, none of which loses a finished epoch:
     … is there          the running epoch has not ended, REPORT_SECONDS before: interrupt it.  One
                         that does not react within HARD_SECONDS, as in a long call of a library,
                         ends with its process, and keep_running.sh returns the trial
-    SIGTERM, SIGINT     from scancel or Ctrl-C: stop at once
+    SIGTERM, SIGINT     from scancel or Ctrl-C: stop at once; SIGHUP, of a closed terminal, too
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class Drain:
         signal.signal(signal.SIGUSR1, self._stop_after_epoch)
         signal.signal(signal.SIGTERM, self._stop_now)
         signal.signal(signal.SIGINT, self._stop_now)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # unless it shall survive: nohup
+            signal.signal(signal.SIGHUP, self._stop_now)
 
     def is_due(self) -> bool:
         """Whether to stop: asked to, or the next epoch would not end before the job does."""

@@ -1,5 +1,7 @@
 """What pip has to install: which packages are missing, and the one command that installs them.
 
+    python -s -m hpo.packages        numpy and torch of the image, for pip install --user -c
+
 The versions are those of requirements-container.txt in the scripts' folder, and stand nowhere else.
 """
 
@@ -12,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 
-from hpo.settings import SCRIPTS, UserError
+from hpo.settings import SCRIPTS, UserError, run_script
 
 REQUIREMENTS = SCRIPTS / "requirements-container.txt"
 
@@ -93,7 +95,10 @@ def pip_command(*requirements: str) -> str:
             # Where there is a network: that is on the login node.
             binds = os.environ.get("BINDS", "/tmpdir,/work")
             seen = f"{launcher} exec {f'--bind {binds} ' if binds else ''}{image}"
-            return f"{seen} pip install --user {' '.join(words)}"
+            command = f"{seen} pip install --user -c image.txt {' '.join(words)}"
+            if (SCRIPTS / "image.txt").exists():
+                return command
+            return f"{seen} python -s -m hpo.packages > image.txt\n    {command}"
     return f"{sys.executable} -m pip install {' '.join(words)}"
 
 
@@ -109,3 +114,19 @@ def check_optuna() -> None:
             f"Optuna {found or 'is not installed'}: this bundle was tested with {tested} alone; "
             f"once:\n    {pip_command('optuna')}"
         )
+
+
+def print_image() -> int:
+    """Print the constraints that keep pip from replacing what the image alone can give.
+
+    A newer numpy or torch in ~/.local would hide the image's, which were built for its GPUs and for
+    each other.  Asked with `python -s`, which does not see ~/.local.
+    """
+    for name in ("numpy", "torch", "torchvision", "torchaudio", "triton"):
+        if version := installed(name):
+            print(f"{name}=={version}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(print_image)

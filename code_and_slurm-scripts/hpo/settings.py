@@ -181,6 +181,11 @@ class Settings:
         """The name of this worker, for people."""
         return f"worker {self.rank} on {os.uname().nodename}"
 
+    @property
+    def signature(self) -> str:
+        """What a trial keeps of who has run it: the worker and its job, which name its log."""
+        return self.worker + (f", job {self.job_id}" if self.job_id else "")
+
     def inputs(self) -> dict[str, str]:
         """What all trials of a study must have in common, as it was given: DATA, SMALL, …"""
         found = {"SMALL": "1"} if self.small else {}
@@ -316,18 +321,18 @@ def print_table() -> int:
     """
     Settings.from_env()
     if sys.argv[1:] == ["given"]:
-        set_to = {variable.name: _shown(variable) for variable in VARIABLES}
-        words = [f"{n}={shlex.quote(v)}" for n, v in set_to.items() if v != DEFAULTS[n]]
+        words = [f"{n}={shlex.quote(v)}" for n, v in in_force().items() if v != DEFAULTS[n]]
         print(" ".join(words))
         return 0
     for variable in VARIABLES:
-        print(f"{variable.name:16} {_shown(variable) or '-':20} {variable.says}")
+        print(f"{variable.name:16} {in_force()[variable.name] or '-':20} {variable.says}")
     return 0
 
 
-def _shown(variable: Variable) -> str:
-    value = os.environ.get(variable.name) or variable.default
-    return values.without_password(value)
+def in_force() -> dict[str, str]:
+    """Return the text of every variable: of the environment, or its default; no password."""
+    set_to = {name: os.environ.get(name) or default for name, default in DEFAULTS.items()}
+    return {name: values.without_password(value) for name, value in set_to.items()}
 
 
 if __name__ == "__main__":

@@ -159,9 +159,13 @@ class Bundle:
 def with_optuna(cluster: Cluster) -> Cluster:
     """Install Optuna, and all the rest, with README.txt's command."""
     requirements = "requirements-container.txt"
-    here = BUNDLE / "code_and_slurm-scripts" / requirements
-    shutil.copy(here, cluster.shared / cluster.work.lstrip("/") / requirements)
-    command = typed(readme_command("in_image pip install", requirements))
+    here, there = BUNDLE / "code_and_slurm-scripts", cluster.shared / cluster.work.lstrip("/")
+    shutil.copy(here / requirements, there / requirements)
+    shutil.copytree(here / "hpo", there / "hpo", dirs_exist_ok=True)
+    install = readme_command("in_image pip install", requirements)
+    if "image.txt" in install:  # what pip must not replace
+        install = f"{readme_command('in_image python -s', 'image.txt')}\n{install}"
+    command = typed(install)
     options = ["--online", "--cd", cluster.work]
     done = cluster.run("login", *command, options=options, timeout=600)
     assert "Successfully installed" in done.stdout

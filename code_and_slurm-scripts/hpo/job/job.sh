@@ -31,7 +31,9 @@ choose_python() {
     [[ -e $CONTAINER ]] || die "the image CONTAINER=$CONTAINER does not exist on $(hostname)"
     run_python=("$launcher" exec --nv ${BINDS:+--bind "$BINDS"} "$CONTAINER" python)
     install="is not installed in the image; on the login node, once:
-    ${launcher##*/} exec ${BINDS:+--bind $BINDS }$CONTAINER pip install --user -r $requirements"
+    in_image() { ${launcher##*/} exec ${BINDS:+--bind $BINDS }$CONTAINER \"\$@\"; }
+    in_image python -s -m hpo.packages > image.txt
+    in_image pip install --user -c image.txt -r $requirements"
 }
 
 # Everything that can be wrong without asking a compute node, each with one sentence.
@@ -168,8 +170,7 @@ print_report() {
     if ((${#after[@]} == 3 && after[1] > 0 && CHAIN_JOBS > 0)); then # the report may take long
         next=$(submit_successor)
     fi
-    "${run_python[@]}" check_best_model.py || true # what it says is all there is to say
-    "${run_python[@]}" check_best_model.py --report || true
+    "${run_python[@]}" check_best_model.py --report || true # what it says is all there is to say
     if ((${#after[@]} < 3)); then
         echo "The study cannot be read." >&2
     elif ((after[1] == 0)); then

@@ -44,7 +44,7 @@ def main() -> int:
     return RETURNED + any(
         trial.datetime_complete is not None
         and trial.datetime_complete > since
-        and trial.user_attrs.get("worker") == settings.worker
+        and trial.user_attrs.get("worker") == settings.signature
         for trial in study.get_trials(deepcopy=False)
     )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -109,15 +110,24 @@ def number_of_reports(trial: FrozenTrial, complete: list[FrozenTrial]) -> int | 
     Either all have reported equally often, or as often as one of their parameters says, whatever
     its name; before there is a complete trial, that is `epochs` if there is one.
     """
+    return reports_as(complete)(trial)
+
+
+def reports_as(complete: list[FrozenTrial]) -> Callable[[FrozenTrial], int | None]:
+    """Return `number_of_reports` for the same complete trials, which are looked at once."""
     counts = [(other, len(other.intermediate_values)) for other in complete]
-    names = {name for name, value in trial.params.items() if type(value) is int}
-    if not counts:
-        names &= {"epochs"}
-    for name in sorted(names):
-        if all(other.params.get(name) == count for other, count in counts):
-            return int(trial.params[name])
+    names = set(counts[0][0].params) if counts else {"epochs"}
+    for other, count in counts:
+        names = {name for name in names if other.params.get(name) == count}
     found = {count for _, count in counts}
-    return found.pop() if len(found) == 1 else None
+
+    def number(trial: FrozenTrial) -> int | None:
+        for name in sorted(names):
+            if type(trial.params.get(name)) is int:
+                return int(trial.params[name])
+        return next(iter(found)) if len(found) == 1 else None
+
+    return number
 
 
 def check_search(settings: Settings) -> None:

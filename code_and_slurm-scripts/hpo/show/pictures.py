@@ -1,145 +1,190 @@
-"""The pictures of a report: which there are, and how plotly and matplotlib draw each of them.
+"""The pictures of a report: which there are, and what one reads in them.
 
-Optuna draws all but one, for the page (plotly) and as PNG (matplotlib); the timeline per worker
-is drawn here, because Optuna's own has one line per trial.
-
-plotly and matplotlib are imported when a picture is drawn, never before.
+Optuna draws most, with plotly for the page and with matplotlib for a paper; what it draws one line
+per trial for, or not at all, is in timeline.py and chart.py.  Any of them may raise anything: the
+page then says so in its place.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.study.trials import without_finals
+from hpo.show.chart import Line, draw_lines
+from hpo.show.sample import drawable, escaped, fits_an_axis, for_matplotlib
+from hpo.show.timeline import COLOURS, timeline, utilisation
+from hpo.study.trials import complete, is_feasible, without_finals
 
 MOST_CONTOURS = 4  # parameters: each pair of them is one contour plot
-COLOURS = {
-    TrialState.COMPLETE: "#1f77b4",
-    TrialState.PRUNED: "#ff9f40",
-    TrialState.FAIL: "#d62728",
-    TrialState.RUNNING: "#2ca02c",
-}
+CONTOUR_TRIALS = 100  # its grid has so many squared points for each pair
+MOST_PARAMS = 12  # side by side in one picture
+MOST_CURVES = 300
+LEAST = 10  # complete trials: from fewer, importance and contour are noise
+PAPER = 6.3, 3.9  # inches: as wide as the text of an A4 page
 # A function of Optuna, called with the module optuna.visualization or its matplotlib twin.
 Draw: TypeAlias = Callable[[Any], Any]
+Limits: TypeAlias = "tuple[float, float] | None"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: `name` is its PNG and its anchor, `says` what one reads in it."""
+    """One picture: `name` is its file and its anchor, `says` what one reads in it."""
 
     name: str
     title: str
     says: str
     draw: Draw
+    panels: int = 1  # beside each other: a page of 400 px scrolls sideways
+    size: tuple[float, float] = PAPER  # inches
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One trial in the timeline: what its worker did between two local times."""
-
-    worker: str
-    trial: FrozenTrial
-    start: datetime
-    end: datetime
-
-
-def pictures_of(whole: optuna.Study, names: list[str]) -> list[Picture]:
+def pictures_of(whole: optuna.Study, names: Sequence[str], paper: bool = False) -> list[Picture]:
     """Return the pictures of a study with complete trials; `names` are those of its objectives.
 
-    The timeline alone shows the final runs: they are no search.
+    `paper` ones are for matplotlib, to which a $ in a name would begin a formula.  The timeline
+    alone shows the final runs: they are no search.
     """
     study = without_finals(whole)
+    drawn = drawable(study)
+    few = drawable(study, CONTOUR_TRIALS)
+    if paper:
+        names = list(map(escaped, names))
+        drawn, few = for_matplotlib(drawn), for_matplotlib(few)
+    end = [_curves(study, names[0]), timeline_picture(whole), _utilisation(whole)]
     if len(names) > 1:
-        return [_pareto(study, names), *_of_several_objectives(study, names), _timeline(study)]
-    shown = important_params(study)
+        found = [_pareto(drawn, names)]
+        for index, name in enumerate(names):
+            each = _of_one(drawn, few, index, name, f"-{index + 1}-{_file_name(name)}")
+            found += [picture for picture in each if not picture.name.startswith("contour")]
+        return [*found, *end[1:]]
+    first, *others = _of_one(drawn, few, 0, names[0], "")
+    return [first, end[0], *others, *end[1:]]
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text)[:40]
+
+
+def _of_one(
+    study: optuna.Study, few: optuna.Study, index: int, name: str, suffix: str
+) -> list[Picture]:
+    """Return the pictures of one objective; `few` has few trials, for the contours."""
+    title = f": {name}" if suffix else ""
+    trials = complete(study)
+    number = len(trials)
+    ranked = important_params(study, index)
+    many, some = ranked[:MOST_PARAMS], ranked[:MOST_CONTOURS]
+    rest = (
+        f" (the {len(many)} that matter most of {len(ranked)})" if len(many) < len(ranked) else ""
+    )
+    axis = limits([trial.values[index] for trial in trials], study.directions[index])
+    target: dict[str, Any] = {"target_name": name}
+    if suffix:  # with one objective Optuna knows which direction is good
+        target["target"] = partial(_value_of, index)
+    optunas = partial(_picture, study, suffix, title)
     return [
-        _picture(study, "history", "Optimisation history",
-                 "One dot per complete trial; the line is the best value so far.",
-                 "plot_optimization_history", target_name=names[0]),
-        _picture(study, "importances", "Importance of the parameters",
-                 "How much of the difference between the trials each parameter explains.",
-                 "plot_param_importances", target_name=names[0]),
-        _picture(study, "parallel", "Parallel coordinates",
-                 "One line per complete trial, dark where good; drag along an axis to choose.",
-                 "plot_parallel_coordinate", _widen, target_name=names[0]),
-        _picture(study, "slice", "Slice", "The value over each parameter alone; darker is later.",
-                 "plot_slice", target_name=names[0]),
-        _picture(study, "contour", "Contour",
-                 f"The value over two of the most important: {', '.join(shown)}.",
-                 "plot_contour", _tidy_contours, params=shown, target_name=names[0]),
-        _picture(study, "intermediate", "Intermediate values",
-                 "One line per trial: what it reported after each epoch.  Blue ones are complete, "
-                 "orange ones were pruned.",
-                 "plot_intermediate_values", _colour_by_state),
-        _timeline(whole),
-        _picture(study, "edf", "Empirical distribution",
-                 "The share of complete trials that reached a value, or a better one.",
-                 "plot_edf", target_name=names[0]),
+        Picture(f"history{suffix}", f"Optimisation history{title}",
+                "One dot per complete trial; the line is the best value so far."
+                + _cut_off(trials, index, axis),
+                partial(_history, study, index, name, _value_axis("y", axis))),
+        optunas("slice", "Slice", f"The value over each parameter alone; darker is later.{rest}",
+                "plot_slice", _value_axis("y", axis), panels=len(many), params=many,
+                size=(max(2.1 * len(many), 4), 3.4), **target),
+        optunas("parallel", "Parallel coordinates",
+                f"One line per complete trial, dark where good; drag an axis to choose.{rest}",
+                "plot_parallel_coordinate", panels=len(many) // 2 + 1, params=many,
+                size=(10, 4.5), **target),
+        optunas("importances", "Importance of the parameters",
+                f"How much of the difference between {number} complete trials each parameter "
+                f"explains.{rest}",
+                "plot_param_importances", least=LEAST, params=many,
+                **target | ({"target": _low_is_good(study, index)} if suffix else {})),
+        _picture(few, suffix, title, "contour", "Contour",
+                 f"The value over two of {', '.join(some)}; from {len(complete(few))} trials.",
+                 "plot_contour", _tidy_contours, least=LEAST, panels=len(some), params=some,
+                 size=(10, 9), **target),
+        optunas("edf", "Empirical distribution",
+                f"The share of {number} complete trials that reached a value, or a better one.",
+                "plot_edf", _value_axis("x", axis), **target),
     ]  # fmt: skip
 
 
-def important_params(study: optuna.Study) -> list[str]:
-    """Return the parameters that explain most, at most MOST_CONTOURS; any, where none does."""
+def important_params(study: optuna.Study, objective: int = 0) -> list[str]:
+    """Return all parameters, those first that explain most, as far as that is known."""
+    names = dict.fromkeys(name for trial in complete(study) for name in trial.params)
     try:
-        ranked = list(optuna.importance.get_param_importances(study))
-    except (ValueError, RuntimeError):  # fewer than two trials, or all of the same value
-        ranked = list(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))[0].params)
-    return ranked[:MOST_CONTOURS]
+        target = _low_is_good(study, objective)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of few trials: the page says how many they are
+            ranked = list(optuna.importance.get_param_importances(study, target=target))
+    except Exception:  # fewer than two trials, or all of the same value: then in any order
+        ranked = []
+    return list(dict.fromkeys([*ranked, *names]))
 
 
-def bars(study: optuna.Study, now: datetime) -> list[Bar]:
-    """Return what each worker did when, sorted by worker.
-
-    The worker's name is the trial's user attribute `worker`.  Where there is none (a study of an
-    older version, or of stock Optuna) trials are stacked into as few lines as do not overlap.
-    """
-    lanes: list[datetime] = []  # the end of the last trial in each line
-    found = []
-    trials = [t for t in study.get_trials(deepcopy=False) if t.datetime_start]
-    for trial in sorted(trials, key=lambda t: t.datetime_start or now):
-        if trial.state == TrialState.WAITING:
-            continue
-        start = trial.datetime_start or now
-        end = max(trial.datetime_complete or now, start)
-        worker = trial.user_attrs.get("worker")
-        if worker is None:
-            free = [i for i, busy_until in enumerate(lanes) if busy_until <= start]
-            lane = free[0] if free else len(lanes)
-            lanes[lane : lane + 1] = [end]
-            worker = f"line {lane + 1}"
-        found.append(Bar(str(worker), trial, start, end))
-    return sorted(found, key=lambda bar: (_natural(bar.worker), bar.start))
+def limits(values: Sequence[float], direction: StudyDirection) -> Limits:
+    """Return an axis that shows the good values well: a few very bad ones lie beyond it."""
+    if len(values) < LEAST:
+        return None
+    sign = -1 if direction == StudyDirection.MAXIMIZE else 1
+    ordered = sorted(sign * value for value in values)
+    best, usual, worst = ordered[0], ordered[int(0.9 * len(ordered))], ordered[-1]
+    if not worst - best > 4 * (usual - best) > 0:
+        return None
+    margin = 0.05 * (usual - best)
+    ends = sign * (best - margin), sign * (best + 2 * (usual - best))
+    return min(ends), max(ends)
 
 
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Sort "worker 10" behind "worker 9"."""
-    return [(int(part or 0), word) for word, part in re.findall(r"(\D*)(\d*)", text)]
+def _cut_off(trials: Sequence[FrozenTrial], index: int, axis: Limits) -> str:
+    outside = sum(not axis[0] <= t.values[index] <= axis[1] for t in trials) if axis else 0
+    return f"  {outside} trials are worse than the axis shows." if outside else ""
+
+
+def _value_axis(which: str, ends: Limits) -> Callable[[Any], None]:
+    """Return what gives the axis of the values, x or y, the same ends in all pictures."""
+
+    def change(drawn: Any) -> None:
+        if ends is None:
+            return
+        if hasattr(drawn, "update_traces"):
+            getattr(drawn, f"update_{which}axes")(range=ends)
+            return
+        for axes in drawn.flat if hasattr(drawn, "flat") else [drawn]:
+            axes.set(**{f"{which}lim": ends})
+
+    return change
 
 
 def _picture(
-    study: optuna.Study, name: str, title: str, says: str, function: str,
-    mend: Callable[[optuna.Study, Any], None] | None = None, **options: Any,
+    study: optuna.Study, suffix: str, objective: str, name: str, title: str, says: str,
+    function: str, mend: Callable[[Any], None] | None = None, *, least: int = 1,
+    panels: int = 1, size: tuple[float, float] = PAPER, **options: Any,
 ) -> Picture:  # fmt: skip
     """Return a picture that `function` of Optuna draws, and `mend` then changes in place."""
 
     def draw(module: Any) -> Any:
+        number = len(complete(study))
+        if number < least:
+            raise ValueError(f"{number} complete trials would say nothing: it takes {least}")
         drawn = getattr(module, function)(study, **options)
         if mend:
-            mend(study, drawn)
+            mend(drawn)
         return drawn
 
-    return Picture(name, title, says, draw)
+    return Picture(f"{name}{suffix}", f"{title}{objective}", says, draw, panels, size)
 
 
-def _tidy_contours(study: optuna.Study, drawn: Any) -> None:
+def _tidy_contours(drawn: Any) -> None:
     """Colours alone: over hundreds of values of one parameter the lines are a black area."""
     if hasattr(drawn, "update_traces"):
         drawn.update_traces(line_width=0, selector={"type": "contour"})
@@ -147,125 +192,93 @@ def _tidy_contours(study: optuna.Study, drawn: Any) -> None:
         drawn.update_layout(height=900)
         return
     for axes in drawn.flat if hasattr(drawn, "flat") else [drawn]:
-        axes.figure.set_size_inches(13, 11)
         axes.label_outer()  # otherwise the names lie over the neighbours
         for collection in axes.collections:
             if type(collection).__name__ == "QuadContourSet" and not collection.filled:
                 collection.set_visible(False)
 
 
-def _widen(study: optuna.Study, drawn: Any) -> None:
-    if hasattr(drawn, "figure"):  # matplotlib's; a page has the width of its window
-        drawn.figure.set_size_inches(13, 6)
-
-
-def _colour_by_state(study: optuna.Study, drawn: Any) -> None:
-    """Two colours for all trials; Optuna has one for each, and a legend of 500 lines."""
-    states = {f"Trial{t.number}": t.state for t in study.get_trials(deepcopy=False)}
-    if hasattr(drawn, "update_traces"):
-        for trace in drawn.data:
-            trace.line = {"color": COLOURS[states[trace.name]], "width": 1}
-            trace.marker = {"size": 3, "color": COLOURS[states[trace.name]]}
-            trace.opacity = 0.6
-        return
-    for line in drawn.get_lines():
-        line.set(color=COLOURS[states[line.get_label()]], linewidth=0.7)
-    if drawn.get_legend():
-        drawn.get_legend().remove()
-
-
-def _pareto(study: optuna.Study, names: list[str]) -> Picture:
+def _pareto(study: optuna.Study, names: Sequence[str]) -> Picture:
     says = "Every complete trial; the front are those that no other trial beats in all objectives."
-    if len(names) <= 3:
-        return _picture(
-            study, "pareto", "Pareto front", says, "plot_pareto_front", target_names=names
-        )
-    # Optuna draws two or three objectives: take the first two.
-    return _picture(
-        study, "pareto", "Pareto front", says, "plot_pareto_front", target_names=names[:2],
-        targets=lambda trial: trial.values[:2],
-    )  # fmt: skip
-
-
-def _of_several_objectives(study: optuna.Study, names: list[str]) -> list[Picture]:
-    """Return Optuna's pictures for one value, each drawn for every objective."""
-    kinds = (
-        ("history", "Optimisation history", "plot_optimization_history"),
-        ("importances", "Importance of the parameters", "plot_param_importances"),
-        ("parallel", "Parallel coordinates", "plot_parallel_coordinate"),
-        ("slice", "Slice", "plot_slice"),
-        ("edf", "Empirical distribution", "plot_edf"),
-    )
-    return [
-        _picture(
-            study, f"{kind}-{name}", f"{title}: {name}", f"For the objective {name} alone.",
-            function, target=partial(_value_of, i), target_name=name,
-        )
-        for kind, title, function in kinds
-        for i, name in enumerate(names)
-    ]  # fmt: skip
+    options: dict[str, Any] = {"target_names": names}
+    if len(names) > 3:  # Optuna draws two or three objectives: take the first two
+        options = {"target_names": names[:2], "targets": lambda trial: trial.values[:2]}
+    return _picture(study, "", "", "pareto", "Pareto front", says, "plot_pareto_front", **options)
 
 
 def _value_of(objective: int, trial: FrozenTrial) -> float:
     return float(trial.values[objective])
 
 
-def _timeline(study: optuna.Study) -> Picture:
+def _low_is_good(study: optuna.Study, objective: int) -> Callable[[FrozenTrial], float]:
+    """Return what Optuna's importance takes for a value: how a low one is reached."""
+    sign = -1 if study.directions[objective] == StudyDirection.MAXIMIZE else 1
+    return lambda trial: sign * _value_of(objective, trial)
+
+
+def _history(
+    study: optuna.Study, index: int, name: str, mend: Callable[[Any], None], module: Any
+) -> Any:
+    trials = complete(study)
+    kept = [trial for trial in trials if is_feasible(trial)]
+    others = [trial for trial in trials if not is_feasible(trial)]
+    lines = [
+        _dots("complete", kept, index, COLOURS[TrialState.COMPLETE]),
+        _dots("breaks a constraint", others, index, "#999999"),
+        Line("best so far", [trial.number for trial in kept],
+             best_so_far([trial.values[index] for trial in kept], study.directions[index]),
+             COLOURS[TrialState.FAIL], step=True),
+    ]  # fmt: skip
+    drawn = draw_lines(module, lines, "trial", name)
+    mend(drawn)
+    return drawn
+
+
+def _dots(title: str, trials: Sequence[FrozenTrial], index: int, colour: str) -> Line:
+    x, y = [trial.number for trial in trials], [trial.values[index] for trial in trials]
+    return Line(title, x, y, colour, dots=True)
+
+
+def best_so_far(values: Sequence[float], direction: StudyDirection) -> list[float]:
+    """Return the best of each value and all before it."""
+    better = max if direction == StudyDirection.MAXIMIZE else min
+    return list(accumulate(values, better))
+
+
+def _curves(study: optuna.Study, name: str) -> Picture:
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.intermediate_values]
+    shown = trials[:: len(trials) // MOST_CURVES + 1]
+    some = f"  Drawn are {len(shown)} of {len(trials)} trials." if len(shown) < len(trials) else ""
+
     def draw(module: Any) -> Any:
-        matplotlib = module is not optuna.visualization
-        return (_matplotlib_timeline if matplotlib else _plotly_timeline)(
-            bars(study, datetime.now())
-        )
+        states = [state for state in COLOURS if any(trial.state == state for trial in shown)]
+        drawn = draw_lines(module, [_curve(state, shown) for state in states], "step", name)
+        reported = [v for t in shown for v in t.intermediate_values.values() if fits_an_axis(v)]
+        _value_axis("y", limits(reported, study.directions[0]))(drawn)
+        return drawn
 
-    says = "Which worker ran which trial when: gaps are time in which a GPU had nothing to do."
-    return Picture("timeline", "Timeline per worker", says, draw)
-
-
-def _plotly_timeline(found: list[Bar]) -> Any:
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    for state, colour in COLOURS.items():
-        mine = [bar for bar in found if bar.trial.state == state]
-        if mine:
-            figure.add_bar(
-                orientation="h", name=state.name.lower(), marker_color=colour,
-                y=[bar.worker for bar in mine], base=[bar.start.isoformat() for bar in mine],
-                x=[(bar.end - bar.start) / timedelta(milliseconds=1) for bar in mine],
-                customdata=[[b.trial.number, (b.end - b.start).total_seconds()] for b in mine],
-                hovertemplate="trial %{customdata[0]}: %{customdata[1]:.1f} s<extra>%{y}</extra>",
-            )  # fmt: skip
-    workers = list(dict.fromkeys(bar.worker for bar in found))
-    figure.update_layout(
-        barmode="overlay", bargap=0.15, height=160 + 28 * len(workers), showlegend=True,
-        xaxis={"type": "date"},
-        yaxis={"categoryorder": "array", "categoryarray": workers[::-1], "automargin": True},
-    )  # fmt: skip
-    return figure
+    says = f"What each trial reported, after each epoch: one line per trial.{some}"
+    return Picture("intermediate", "Intermediate values", says, draw)
 
 
-def _days(local: datetime) -> float:
-    """Return a time as matplotlib counts it."""
-    return (local - datetime(1970, 1, 1)) / timedelta(days=1)
+def _curve(state: TrialState, trials: Sequence[FrozenTrial]) -> Line:
+    """Return the curves of all trials of a state as one line, with a gap behind each."""
+    x: list[float] = []
+    y: list[float | None] = []
+    for trial in trials:
+        if trial.state == state:
+            steps = sorted(trial.intermediate_values.items())
+            x += [step for step, _ in steps] + [steps[-1][0]]
+            y += [value if fits_an_axis(value) else None for _, value in steps] + [None]
+    return Line(state.name.lower(), x, y, COLOURS[state], width=0.8)
 
 
-def _matplotlib_timeline(found: list[Bar]) -> Any:
-    import matplotlib.pyplot as plt
+def timeline_picture(study: optuna.Study) -> Picture:
+    """Return the picture of who ran what when."""
+    says = "Which worker ran which trial when: gaps are time in which it had nothing to do."
+    return Picture("timeline", "Timeline per worker", says, partial(timeline, study))
 
-    workers = list(dict.fromkeys(bar.worker for bar in found))
-    _, axes = plt.subplots(figsize=(10, 1.6 + 0.3 * len(workers)))
-    for state, colour in COLOURS.items():
-        mine = [bar for bar in found if bar.trial.state == state]
-        starts = [_days(bar.start) for bar in mine]
-        days = [(bar.end - bar.start) / timedelta(days=1) for bar in mine]
-        if mine:
-            rows = [workers.index(bar.worker) for bar in mine]
-            axes.barh(rows, days, left=starts, color=colour, label=state.name.lower(),
-                      edgecolor="white", linewidth=0.3)  # fmt: skip
-    axes.set_yticks(range(len(workers)), workers)
-    axes.invert_yaxis()
-    axes.xaxis_date()
-    axes.figure.autofmt_xdate()
-    axes.set_title("Timeline per worker")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return axes
+
+def _utilisation(study: optuna.Study) -> Picture:
+    says = "How many workers had a trial, over the time of the study."
+    return Picture("utilisation", "Utilisation", says, partial(utilisation, study))

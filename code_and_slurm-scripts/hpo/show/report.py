@@ -1,144 +1,99 @@
-"""One HTML page with every picture of a study, which opens offline, and the same as PNGs.
+"""One HTML page on a study, which opens offline, with its pictures and its trials as files.
 
     python check_best_model.py --report          report-STUDY_NAME/ beside study.db
     python check_best_model.py --report DIR      DIR/report.html, DIR/history.png, …
 
+    report.html           summary, pictures, failures, trials, settings: all in one file
+    history.png, .pdf, …  each picture as wide as a paper's text
+    trials.csv            all trials;  trials-curves.csv: what they reported
+
 plotly.js is in the page once (4.8 of its at most 10 MB), so neither a server nor a network is
 needed: copy report.html to your own machine and open it.  Every file is written under another
 name and renamed: a report that is open in a browser stays whole while the next one is written.
+
+No picture can end the report: what cannot be drawn, or is not worth its time, the page says.
 """
 
 from __future__ import annotations
 
-import html
-import platform
+import os
 import time
+import urllib.parse
 import warnings
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
 
 from hpo import packages
 from hpo.files import whole
 from hpo.settings import Settings, UserError
+from hpo.show import facts, page
 from hpo.show.pictures import Picture, pictures_of
-from hpo.study.opening import backup_in_use
-from hpo.study.trials import best_in_words, best_trials, complete, without_best
-from hpo.words import shown
+from hpo.show.trial_table import LOGS, for_page, write_csv
+from hpo.study.trials import best_trials, complete, fail_reasons, without_best
+from hpo.words import cut, one_line
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font-family: system-ui, "DejaVu Sans", sans-serif; margin: 0 auto; max-width: 1200px;
-        padding: 1rem 2rem 4rem; color: #222; }}
-h1 {{ font-size: 1.6rem; }}  h2 {{ font-size: 1.2rem; margin: 2.5rem 0 .2rem; }}
-nav a {{ margin-right: 1rem; }}  p {{ margin: .2rem 0 .6rem; color: #555; }}
-.tables {{ display: flex; flex-wrap: wrap; gap: 2.5rem; }}
-td {{ padding: .15rem 1rem .15rem 0; vertical-align: top; }}  td:first-child {{ color: #555; }}
-.missing {{ border-left: 4px solid #ff9f40; padding: .3rem .8rem; }}
-</style>
-<script>{plotly_js}</script></head>
-<body><h1>{title}</h1>
-<div class="tables">{tables}</div>
-<nav>{links}</nav>
-{sections}
-</body></html>
-"""
+SECONDS = 12.0  # of CPU for the pictures: a job keeps 90 s for all that it does at its end
 
 
-def write_report(study: optuna.Study, settings: Settings, folder: Path | None) -> Path:
-    """Write report.html and its PNGs into `folder` (None: beside study.db); return the page.
+def write_report(
+    study: optuna.Study,
+    settings: Settings,
+    folder: Path | None,
+    scored: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the page and its files into `folder` (None: beside study.db); return the page.
+
+    `scored` is what the script says of the best trial (results.tested).
 
     Raises:
-        UserError: no trial is complete, a package is missing, or the folder cannot be written.
+        UserError: a package is missing, or the folder cannot be written.
     """
-    if not complete(study):
-        raise UserError(f"study {study.study_name!r} has no complete trial yet: nothing to draw")
-    _need_packages()
+    need_packages()
     folder = folder or settings.beside / f"report-{settings.study_name}"
-    names = objective_names(study)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what cannot be drawn, the page says
+    names = facts.objective_names(study)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna calls its pictures experimental
-            pictures = pictures_of(study, names)
-            for picture in pictures:
-                _write_png(picture, folder)
-            page = _page(study, settings, names, pictures)
-        with whole(folder / "report.html", durable=False) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        drawn = Drawing(folder).sections(
+            *(
+                pictures_of(study, names, paper) if complete(study) else []
+                for paper in (False, True)
+            )
+        )
+        write_csv(study, settings, names, folder / "trials.csv")
+        text = page.page(
+            f"Study {study.study_name}",
+            [
+                page.tables(
+                    {
+                        "Best trial": facts.best(study, names, scored or {}),
+                        "Trials": facts.progress(study, settings),
+                        "Time": facts.times(study),
+                    }
+                ),
+                *_pictures(study, drawn),
+                _failures(study),
+                _trials(study, settings, names, folder),
+                page.section(
+                    "settings", "Settings", page.pairs(facts.settings_of(study, settings))
+                ),
+            ],
+        )
+        write_page(folder / "report.html", text)
     except OSError as error:
         raise UserError(f"the report cannot be written to {folder}: {error.strerror}") from error
     return folder / "report.html"
 
 
-def objective_names(study: optuna.Study) -> list[str]:
-    """Return the names of the study's objectives, as it remembers them."""
-    plain = [f"objective {i}" for i in range(len(study.directions))]
-    if len(plain) == 1:
-        plain = ["value"]
-    names = study.user_attrs.get("objectives", plain)
-    return [str(name) for name in names] if len(names) == len(plain) else plain
+def write_page(path: Path, text: str) -> None:
+    """Write a page whole; a character that is none (half of a pair) is a question mark."""
+    with whole(path, durable=False) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "replace"))
 
 
-def facts(study: optuna.Study, settings: Settings, names: list[str]) -> dict[str, dict[str, str]]:
-    """Return the tables on top of the page: title → name → value, all of it text."""
-    trials = study.get_trials(deepcopy=False)
-    return {
-        "Trials": _numbers(trials),
-        "Best trial": _best(study, names),
-        "Settings": {
-            "storage": f"{settings.shown_db} {backup_in_use(study)}".strip(),
-            "objective": str(study.user_attrs.get("py_script", settings.py_script)),
-            "direction": ", ".join(
-                f"{direction.name.lower()} {name}"
-                for name, direction in zip(names, study.directions, strict=True)
-            ),
-            "sampler": str(study.user_attrs.get("sampler", settings.sampler)),
-            "pruner": str(study.user_attrs.get("pruner", settings.pruner)),
-            "written": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "versions": f"Python {platform.python_version()}, Optuna {optuna.__version__}",
-        },
-    }
-
-
-def _numbers(trials: list[FrozenTrial]) -> dict[str, str]:
-    """Return how many trials are in which state, and how long the study took."""
-    table = {"all": str(len(trials))}
-    for state in TrialState:
-        number = sum(trial.state == state for trial in trials)
-        if number or state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
-            table[state.name.lower()] = str(number)
-    ends = [t.datetime_complete for t in trials if t.datetime_complete]
-    starts = [t.datetime_start for t in trials if t.datetime_start]
-    if starts and ends:
-        table["first start"] = f"{min(starts):%Y-%m-%d %H:%M:%S}"
-        table["last end"] = f"{max(ends):%Y-%m-%d %H:%M:%S}"
-    work = sum((t.duration or timedelta() for t in trials), timedelta())
-    table["time in trials"] = f"{work.total_seconds() / 3600:.2f} h"
-    workers = {t.user_attrs["worker"] for t in trials if "worker" in t.user_attrs}
-    return {**table, "workers": str(len(workers))} if workers else table
-
-
-def _best(study: optuna.Study, names: list[str]) -> dict[str, str]:
-    best = best_trials(study)
-    if not best:
-        return {"none": without_best(study)}
-    if len(names) > 1:
-        rows = {"Pareto front": f"{len(best)} trials"}
-        for trial in best[:8]:
-            pairs = zip(names, trial.values, strict=True)
-            rows[f"trial {trial.number}"] = ", ".join(f"{n} {shown(v)}" for n, v in pairs)
-        return rows
-    rows = {names[0]: best_in_words(study)}
-    return rows | {name: shown(value) for name, value in best[0].params.items()}
-
-
-def _need_packages() -> None:
+def need_packages() -> None:
     """Prepare what draws the pictures; raises UserError with the command that installs it."""
     packages.need("a report", "plotly", "matplotlib", "scipy")
     import matplotlib
@@ -146,40 +101,105 @@ def _need_packages() -> None:
     matplotlib.use("agg")  # no display is needed
 
 
-def _page(
-    study: optuna.Study, settings: Settings, names: list[str], pictures: list[Picture]
-) -> str:
-    from plotly.offline import get_plotlyjs
-
-    tables = "".join(
-        f"<div><h2>{html.escape(title)}</h2>{_table(rows)}</div>"
-        for title, rows in facts(study, settings, names).items()
-    )
-    return PAGE.format(
-        title=html.escape(f"Study {study.study_name}"),
-        tables=tables,
-        links="".join(f'<a href="#{p.name}">{html.escape(p.title)}</a>' for p in pictures),
-        sections="\n".join(map(_section, pictures)),
-        plotly_js=get_plotlyjs(),
-    )
+def _pictures(study: optuna.Study, drawn: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Return the list of what follows, and the pictures: anchor → title and section."""
+    titles = {anchor: title for anchor, (title, _) in drawn.items()}
+    others = {"failures": "Failures", "trials": "Trials", "settings": "Settings"}
+    if not drawn:
+        return [page.links(others), page.missing(without_best(study))]
+    return [page.links({**titles, **others}), *(section for _, section in drawn.values())]
 
 
-def _table(rows: dict[str, str]) -> str:
-    cells = (
-        f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in rows.items()
-    )
-    return f"<table>{''.join(cells)}</table>"
+def _failures(study: optuna.Study) -> str:
+    reasons = fail_reasons(study.get_trials(deepcopy=False))
+    rows = {f"{number} ×": cut(reason, 300) for reason, number in reasons}
+    if len(rows) < len(reasons):  # several reasons came equally often
+        rows = {f"{n} × ({i})": cut(reason, 300) for i, (reason, n) in enumerate(reasons, 1)}
+    body = page.pairs(rows) if rows else "<p>No trial has failed.</p>"
+    return page.section("failures", "Failures", body)
 
 
-def _section(picture: Picture) -> str:
-    head = f'<h2 id="{picture.name}">{html.escape(picture.title)}</h2>'
-    try:
-        figure = picture.draw(optuna.visualization)
-        if not figure.data:  # Optuna's answer to one parameter, or to trials without reports
-            raise ValueError("the study has too few trials, parameters or reports for it")
-    except (ValueError, RuntimeError, IndexError, KeyError) as error:  # e.g. all of one value
-        return f'{head}<p class="missing">not drawn: {html.escape(str(error))}</p>'
-    figure.update_layout(title=None, margin={"t": 30, "b": 60}, autosize=True, width=None)
+def _trials(study: optuna.Study, settings: Settings, names: Sequence[str], folder: Path) -> str:
+    trials = study.get_trials(deepcopy=False)
+    first = [trial.number for trial in best_trials(study)]
+    data, number = for_page(trials, settings, names, first)
+    says = "The best first."
+    if number < len(trials):
+        says = f"The best {number} of {len(trials)}; all are in trials.csv."
+    logs = urllib.parse.quote(os.path.relpath(LOGS, folder))
+    return page.trials(data, says, logs)
+
+
+class Drawing:
+    """Draws pictures one after the other, for the page and as files, while there is time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.end = time.process_time() + SECONDS
+
+    def sections(
+        self, pictures: Sequence[Picture], paper: Sequence[Picture]
+    ) -> dict[str, tuple[str, str]]:
+        """Return title and HTML of each picture by its name; `paper` are the same for files."""
+        level = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # what cannot be drawn, the page says
+        found = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna calls its pictures experimental
+            for picture, twin in zip(pictures, paper, strict=True):
+                for kind in ("png", "pdf"):  # of an earlier report: the page would not be about it
+                    (self.folder / f"{picture.name}.{kind}").unlink(missing_ok=True)
+                body = self._body(picture)
+                body += "" if body.startswith(page.MISSING) else self._files(twin)
+                body = page.section(picture.name, picture.title, body, picture.says)
+                found[picture.name] = picture.title, body
+        optuna.logging.set_verbosity(level)
+        return found
+
+    def _body(self, picture: Picture) -> str:
+        """Return the picture for the page, or why there is none."""
+        if time.process_time() > self.end:
+            return page.missing(f"the pictures before it took {SECONDS:.0f} s")
+        try:
+            return _interactive(picture)
+        except Exception as error:  # whatever Optuna or plotly make of a study's names and values
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            return page.missing(f"{kind}{one_line(error, 300)}")
+
+    def _files(self, picture: Picture) -> str:
+        """Write the picture as PNG and PDF; return links to them, or "" if that was impossible."""
+        import matplotlib.pyplot as plt
+
+        if time.process_time() > self.end:
+            return ""
+        try:
+            with plt.rc_context({"figure.figsize": picture.size, "font.size": 9}):
+                return self._saved(picture, picture.draw(optuna.visualization.matplotlib))
+        except OSError:
+            raise
+        except Exception as error:
+            return page.missing(f"as a file, {one_line(error, 200)}")
+        finally:
+            plt.close("all")
+
+    def _saved(self, picture: Picture, axes: Any) -> str:
+        figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
+        figure.set_size_inches(picture.size)
+        names = []
+        for kind in ("png", "pdf"):
+            path = self.folder / f"{picture.name}.{kind}"
+            with whole(path, durable=False) as temporary:
+                figure.savefig(temporary, format=kind, dpi=200, bbox_inches="tight")
+            names.append(f'<a href="{path.name}">{kind.upper()}</a>')
+        return f'<p class="files">{" ".join(names)}</p>'
+
+
+def _interactive(picture: Picture) -> str:
+    figure = picture.draw(optuna.visualization)
+    if not figure.data:  # Optuna's answer to one parameter, or to trials without reports
+        raise ValueError("the study has too few trials, parameters or reports for it")
+    figure.update_layout(title=None, margin={"t": 60, "b": 60}, autosize=True, width=None)
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"})
     figure.update_xaxes(exponentformat="power", automargin=True)
     if len(figure.data) > 5:  # many small axes: two or three numbers fit under each
         figure.update_xaxes(nticks=3, selector={"type": "log"})
@@ -189,19 +209,5 @@ def _section(picture: Picture) -> str:
         div_id=f"plot-{picture.name}",
         config={"responsive": True, "displaylogo": False},
     )
-    return f"{head}<p>{html.escape(picture.says)}</p>{body}"
-
-
-def _write_png(picture: Picture, folder: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    try:
-        axes = picture.draw(optuna.visualization.matplotlib)
-    except (ValueError, RuntimeError, IndexError, KeyError):  # the page says why
-        plt.close("all")
-        return
-    figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
-    save = {"format": "png", "dpi": 100, "bbox_inches": "tight"}
-    with whole(folder / f"{picture.name}.png", durable=False) as temporary:
-        figure.savefig(temporary, **save)
-    plt.close("all")
+    width = 130 * picture.panels
+    return f'<div class="wide"><div style="min-width: {width}px">{body}</div></div>'

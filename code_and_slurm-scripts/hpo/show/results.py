@@ -169,6 +169,25 @@ def scores(script: Script, config: Any, weights: Mapping[str, Any]) -> dict[str,
     return {str(name): as_data(score) for name, score in named.items()}
 
 
+def tested(study: optuna.Study, settings: Settings, trial: FrozenTrial) -> dict[str, str]:
+    """Return what is there of a trial, by name, as it is shown: test scores, its folder, weights.
+
+    Without a score, why there is none: whatever is wrong, everything else can be shown.
+    """
+    folder, weights = folder_path(settings, trial.number), weights_path(settings, trial.number)
+    found = {"folder": str(folder)} if folder.is_dir() else {}
+    if found and not weights.exists():
+        return found  # of a program, or a framework, that saves by itself
+    try:
+        state = load_weights(settings, trial.number)
+        script = load_script(study, settings)
+        script.need("test_model", "it")
+        named = scores(script, configuration(script, study, trial), state)
+    except UserError as error:
+        return {**found, "test score": f"none: {error}"}
+    return {**found, **{n: shown_score(s) for n, s in named.items()}, "weights": str(weights)}
+
+
 def as_data(value: Any) -> Any:
     """Return a value as JSON knows it: tensors and arrays are numbers and lists, others texts."""
     value = plain(value.detach() if hasattr(value, "detach") else value)

@@ -100,9 +100,9 @@ def open_storage(settings: Settings, create: bool = False) -> BaseStorage:
         if server := find_server(path):
             return _served_storage(settings, server, create)
         readonly = _is_backup(path) or not _may_write(path)
-        return SQLiteStorage.of(settings, path, settings.worker, readonly=readonly)
+        return SQLiteStorage.of(settings, path, settings.signature, readonly=readonly)
     if url := settings.postgresql_url:
-        return SQLiteStorage.of(settings, PostgreSQL(url, create=create), settings.worker)
+        return SQLiteStorage.of(settings, PostgreSQL(url, create=create), settings.signature)
     try:
         return _stock_storage(settings)
     except UserError:

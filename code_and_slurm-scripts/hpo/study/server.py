@@ -134,7 +134,9 @@ def own_address(nodes: Sequence[str]) -> str:
 def _storage(settings: Settings, path: Path, secret: str, rank: int) -> _Storage:
     """Return the storage of one worker; its token is the same after the server's death."""
     token = _token(secret, rank)
-    storage = _Storage.of(replace(settings, token=token), path, f"worker {rank}")
+    storage = _Storage.of(
+        replace(settings, token=token), path, f"worker {rank}, job {settings.job_id}"
+    )
     assert isinstance(storage, _Storage)
     return storage
 

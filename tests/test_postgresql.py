@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -426,6 +427,22 @@ def test_eight_make_the_tables_at_once(url: str) -> None:
     settings = Settings.from_env(STUDY_DB=url)
     assert wait([fork(create_or_open_study, settings) for _ in range(8)]) == [0] * 8
     assert ask(url, "SELECT count(*) FROM studies") == [(1,)]
+
+
+def test_tables_that_another_process_is_making_are_waited_for(url: str) -> None:
+    with postgresql.driver().connect(url) as maker:
+        maker.cursor().execute(f"SELECT pg_advisory_lock({postgresql.KEY})")
+        maker.cursor().execute("CREATE TABLE studies (); CREATE TABLE trials ()")
+        maker.commit()  # Optuna writes its version last
+        with ThreadPoolExecutor() as pool:
+            other = pool.submit(PostgreSQL, url)
+            while not ask(url, "SELECT 1 FROM pg_locks WHERE NOT granted AND locktype='advisory'"):
+                assert not other.done(), other.exception()
+                time.sleep(0.05)
+            maker.cursor().execute("DROP TABLE studies; DROP TABLE trials")
+            maker.commit()
+            maker.cursor().execute(f"SELECT pg_advisory_unlock({postgresql.KEY})")
+            assert other.result(timeout=60).read(postgresql.NUMBER)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ LOOK = """SELECT to_regclass('alembic_version') IS NOT NULL, to_regclass('trials
     to_regclass('studies') IS NOT NULL, to_regclass('leases') IS NOT NULL,
     current_setting('server_version_num')::integer, current_schema() IS NOT NULL
     AND has_schema_privilege(current_schema(), 'CREATE')"""
+NUMBER = "SELECT version_num FROM alembic_version"
 
 _inherited: list[Any] = []  # a parent's connections: kept, because closing acts
 
@@ -161,7 +162,7 @@ class PostgreSQL:
 
     def _check(self, create: bool) -> None:
         """Raise ServerError for what is no study of this Optuna; make the tables if wanted."""
-        version, trials, studies, leases, server, may_create = self.read(LOOK)[0]
+        version, trials, studies, leases, server, may_create = self._look()
         if server < OLDEST * 10_000:
             raise ServerError(f"{self.name}: PostgreSQL {server // 10_000} is older than {OLDEST}")
         if not (version or trials or studies):
@@ -174,7 +175,7 @@ class PostgreSQL:
                 f"{self.name} has tables of another program (alembic_version, studies, trials). "
                 "It was left as it is: give a database, or a schema, of its own"
             )
-        if (found := self.read("SELECT version_num FROM alembic_version")) != [(SCHEMA,)]:
+        if (found := self.read(NUMBER)) != [(SCHEMA,)]:
             named = ", ".join(name for (name,) in found) or "none"
             raise ServerError(f"{self.name} is of another Optuna ({named}): not {SCHEMA}")
         if not leases and create and trials:  # a study that stock Optuna made
@@ -183,6 +184,15 @@ class PostgreSQL:
                 db.execute(f"SELECT pg_advisory_xact_lock({KEY})")
                 db.execute(LEASES)
         self.has_leases = bool(leases) or create
+
+    def _look(self) -> tuple[Any, ...]:
+        """Return what is there; tables that another process is just making are waited for."""
+        found = self.read(LOOK)[0]
+        if any(found[:3]) and not (all(found[:3]) and self.read(NUMBER)):
+            with self._explained(), closing(self._connect()) as db:
+                _Cursor(db, f"SELECT pg_advisory_lock({KEY})", ())
+            found = self.read(LOOK)[0]
+        return found
 
     def _may(self, allowed: bool) -> None:
         if not allowed:

@@ -220,6 +220,14 @@ def test_space_without_small(data: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert config["batch_size"] % config["micro_batch"] == 0
 
 
+def test_first_rows_of_a_part_stand_for_all(data: Path) -> None:
+    parts = texts.load_texts(Settings.from_env())
+    rows = [row["prompt"] for part in parts for row in part]
+    assert len(rows) == len(set(rows)) == 200
+    numbers = [int(row["prompt"].split()[0]) for row in parts.training]
+    assert 60 < sum(numbers[:50]) / 50 < 140  # in the file they are in their order
+
+
 # ---------- Bad input ----------
 
 

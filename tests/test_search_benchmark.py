@@ -79,9 +79,9 @@ def test_speed_up_is_the_ratio_of_what_both_need_for_the_same(
     low, high = search.interval(noisy, slow)
     assert low < 2 < high
     assert search.difference(noisy, slow)[1] == pytest.approx(1 / math.sqrt(10), rel=0.5)
-    shown = search.table("title", {"random": slow, "old": slow, "new": fast}).splitlines()
-    assert shown[-1].endswith("  2.0 (2.0 … 2.0)     2.0 (2.0 … 2.0)")
-    assert shown[-1].split()[:4] == ["new", "0.005", "-0.69", "0.00"]
+    lines = search.shown("title", {"random": slow, "old": slow, "new": fast}).splitlines()
+    assert lines[-1].endswith("  2.0 (2.0 … 2.0)     2.0 (2.0 … 2.0)")
+    assert lines[-1].split()[:4] == ["new", "0.005", "-0.69", "0.00"]
 
 
 def test_the_table_of_curves_is_whole() -> None:

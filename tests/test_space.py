@@ -316,8 +316,8 @@ def test_halving_compares_an_interrupted_trial_at_the_same_report() -> None:
     interrupted.report(0.9, 0)
     interrupted.report(0.05, 1)
     assert not interrupted.should_prune()
-    last.report(0.6, 0)
-    assert last.should_prune()  # 0.5 is better at this step; 0.05 was another step's
+    last.report(0.45, 0)
+    assert not last.should_prune()  # the best at this step: 0.2 and 0.05 were at other ones
 
 
 # ---- tpe -----------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ sys.path[:0] = [str(BUNDLE / "code_and_slurm-scripts"), str(Path(__file__).paren
 import numpy as np  # noqa: E402
 import optuna  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
-from search_problems import mnist, tables  # noqa: E402
+from search_problems import mnist, table, table_names  # noqa: E402
 from search_simulator import Problem, simulate  # noqa: E402
 
 Array = NDArray[np.float64]
@@ -68,8 +68,8 @@ class Part(NamedTuple):
 
 
 def problem_of(name: str) -> Problem:
-    """Return a problem by its name; raises KeyError."""
-    return mnist() if name == "mnist" else {table.name: table for table in tables()}[name]
+    """Return a problem by its name."""
+    return mnist() if name == "mnist" else table(name)
 
 
 def _run(task: tuple[str, dict[str, str], int, int, int]) -> list[float]:
@@ -122,7 +122,7 @@ def difference(mine: Array, other: Array) -> tuple[float, float]:
     return float(last.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
 
 
-def table(title: str, found: dict[str, Array]) -> str:
+def shown(title: str, found: dict[str, Array]) -> str:
     """Return the table of one number of workers."""
     lines = [title, ROW.format("", "regret", "ln", "±", "× random", "× old").rstrip()]
     for name, mine in found.items():
@@ -155,7 +155,7 @@ def parts(seeds: int, workers: Sequence[int]) -> Iterable[Part]:
         size = f"{number} workers, {BUDGETS[number]} full trainings"
         confirms = {name: METHODS[name] for name in ("random", "old", "new")}
         yield Part(f"mnist, {size}; {seeds} other seeds", ["mnist"], number, fresh, confirms)
-    names = [each.name for each in tables()]
+    names = table_names()
     if names and 4 in workers:  # nothing is pruned: `new` does as `old`
         few = fresh[: max(1, seeds // 10)]
         title = f"{len(names)} tables, 4 workers, {BUDGETS[4]} trials; {len(few)} seeds each"
@@ -185,7 +185,7 @@ def main() -> None:
     print(text[0], flush=True)
     with ProcessPoolExecutor(os.cpu_count(), initializer=_quiet) as pool:
         for part in parts(arguments.seeds, arguments.workers):
-            text.append(table(part.title, measure(pool, part)) + "\n")
+            text.append(shown(part.title, measure(pool, part)) + "\n")
             print(text[-1], flush=True)
             FIGURES.write_text("\n".join(text))
 

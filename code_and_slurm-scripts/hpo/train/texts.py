@@ -7,14 +7,16 @@
     a worker             load_texts(settings)     training, validation and test rows
 
 The file is UTF-8 and has one object per line; other names in it are ignored.  Without DATA the rows
-are the numbers of hpo/train/pairs.py, spelt out in French.  A row's part comes from a hash of its
-prompt, or text, as there.  TRAIN_IMAGES is the number of rows to train on; at its default, all.
+are the numbers of hpo/train/pairs.py, spelt out in French.  A row's part, and its place there, come
+from a hash of its prompt, or text.  TRAIN_IMAGES is the number of rows to train on; at its default
+all of them.
 
 Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -61,9 +63,13 @@ def _split(path: Path) -> Texts:
 
 
 def _parts(rows: list[Row], path: Path) -> Texts:
-    first = "{} has too few texts".format  # a prompt decides, or else the text
-    parts = pairs.divided(rows, lambda row: next(iter(row.values())).encode(), first(path))
-    return Texts(*parts)
+    """Divide the rows; in an order of chance, so that the first ones of a part stand for all."""
+
+    def key(row: Row) -> bytes:  # the prompt, or else the text
+        return next(iter(row.values())).encode()
+
+    mixed = sorted(rows, key=lambda row: hashlib.blake2b(key(row)).digest()[1:])
+    return Texts(*pairs.divided(mixed, key, f"{path} has too few texts"))
 
 
 def read_json_lines(path: Path) -> list[Row]:

@@ -108,7 +108,7 @@ def test_every_picture_is_drawn_in_a_browser(
     assert rows
     best = best_trials(study)[0]
     assert re.findall(r"<tr><td>(\d+)</td><td>(\w+)<", rows[1])[0] == (str(best.number), "COMPLETE")
-    assert rows[1].count("<tr>") == 50
+    assert rows[1].count("<tr>") == min(50, len(study.trials))
 
 
 def test_the_browser_test_sees_a_page_that_is_broken(tmp_path: Path) -> None:

@@ -221,6 +221,31 @@ except drain.Drained:
 """
 
 
+SWALLOWED = """
+import os, signal, sys
+from hpo import drain
+limit = drain.Drain(float("inf"))
+try:
+    with limit.interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:  # as a destructor does, and many a script
+            os.kill(os.getpid(), signal.SIGTERM)  # the second of scancel
+        print("cleaned up", flush=True)
+        drain.AGAIN_SECONDS = 0.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("never", flush=True)
+except drain.Drained:
+    sys.exit(5)
+"""
+
+
+def test_a_signal_that_a_trial_has_swallowed_can_be_sent_again() -> None:
+    command = [sys.executable, "-c", SWALLOWED]
+    done = subprocess.run(command, cwd=SCRIPTS, timeout=30, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (5, "cleaned up\n"), done.stderr
+
+
 @pytest.mark.parametrize(("words", "status"), [([], 5), (["deaf"], drain.INTERRUPTED)])
 def test_an_epoch_that_would_outlast_the_job_is_interrupted(words: list[str], status: int) -> None:
     command = [sys.executable, "-c", INTERRUPTED, *words]

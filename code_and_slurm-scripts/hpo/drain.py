@@ -33,6 +33,7 @@ REPORT_SECONDS = 45.0  # of the job, for what comes after the workers: returns, 
 HARD_SECONDS = 15.0  # of these, until a process that does not react is ended
 INTERRUPTED = 74  # its exit status, known to hpo/job/keep_running.sh
 MARGIN_SECONDS = 5.0  # from the moment that a trial is saved until it is asked to stop, at most
+AGAIN_SECONDS = 5.0  # after a signal that a trial has swallowed, until another interrupts again
 RESERVE_SECONDS = 90.0  # before the job's end; as #SBATCH --signal=B:USR1@90, the second net
 
 log = logging.getLogger("hpo.worker")
@@ -55,6 +56,7 @@ class Drain:
         self._requested = False
         self._at_once = False
         self._interruptible = False
+        self._interrupted = float("inf")  # when, by time.monotonic()
         self._left = threading.Event()  # no trial is running
         self._left.set()
         self._last = time.monotonic()  # start of the running epoch
@@ -130,8 +132,11 @@ class Drain:
 
     def _stop_now(self, signum: int, frame: FrameType | None) -> None:
         self._requested = self._at_once = True
-        if self._interruptible:
-            self._interruptible = False  # a second signal must not interrupt the return
+        # A second signal, which scancel sends at once, must not interrupt what the trial cleans up.
+        swallowed = time.monotonic() - self._interrupted > AGAIN_SECONDS and not self._left.is_set()
+        if self._interruptible or swallowed:
+            self._interruptible = False
+            self._interrupted = time.monotonic()
             raise Drained
 
 

@@ -32,7 +32,7 @@ from hpo.study.copying import copy_study
 from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.served import forget_dead_server
-from hpo.study.storage import SQLiteStorage
+from hpo.study.storage import StudyStorage
 from hpo.study.trials import count
 from hpo.study.upkeep import LONGEST_SLEEP, return_stuck
 from hpo.values import without_password
@@ -58,7 +58,7 @@ def main() -> int:
     study = create_or_open_study(settings)
     begin_with(study, found)
     storage = storage_of(study)
-    if isinstance(storage, SQLiteStorage):
+    if isinstance(storage, StudyStorage):
         # Jobs that have left Slurm's queue hold nothing any more; other workers have a grace.
         for number in storage.return_stale_trials(study_id(study), alive_jobs=settings.alive_jobs):
             print(f"trial {number} of a job that has ended goes back to the queue")

@@ -27,7 +27,7 @@ from hpo.study.engines import EngineError, postgresql
 from hpo.study.engines.postgresql import PostgreSQL
 from hpo.study.held import LeaseLost, NoTrialLeft
 from hpo.study.opening import create_or_open_study, open_study
-from hpo.study.storage import SQLiteStorage
+from hpo.study.storage import StudyStorage
 from hpo.study.trials import count
 from postgresql_server import PostgreSQLServer, ask
 from storage_helpers import NAME, fork, make_study, storage_of, suggest, train, wait, work
@@ -348,7 +348,7 @@ def test_a_study_that_runs_is_not_copied(
     monkeypatch.setattr(time, "sleep", lambda _: None)  # its worker is dead
     copying.copy_study(target, source.study_db)
     assert states(url) == {"RUNNING": 1}
-    storage = SQLiteStorage(PostgreSQL(url), grace=0.0)
+    storage = StudyStorage(PostgreSQL(url), grace=0.0)
     assert storage.return_stale_trials(1) == [0]
 
 

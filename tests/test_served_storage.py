@@ -29,7 +29,7 @@ from hpo.study.opening import backup_in_use, create_or_open_study, open_study
 from hpo.study.optuna_private import storage_of
 from hpo.study.served import OWN, ServedStorage, Server, ServerGone, announce, find_server
 from hpo.study.server import own_address
-from hpo.study.storage import NoTrialLeft, SQLiteStorage
+from hpo.study.storage import NoTrialLeft, StudyStorage
 from hpo.study.trials import is_final
 from hpo.trial import Outcome, _give_back
 
@@ -150,7 +150,7 @@ def test_workers_outlive_their_server(
     assert keeper.returncode == 0
     assert find_server(own_study) is None
     study = open_study(Settings.from_env())
-    assert isinstance(storage_of(study), SQLiteStorage)
+    assert isinstance(storage_of(study), StudyStorage)
     trials = study.get_trials()
     assert [(trial.number, trial.state, len(trial.params)) for trial in trials] == [
         (number, TrialState.COMPLETE, 1) for number in range(12)

@@ -19,7 +19,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.study.engines.sqlite_file import create_study_file
-from hpo.study.storage import LeaseLost, NoTrialLeft, SQLiteStorage
+from hpo.study.storage import LeaseLost, NoTrialLeft, StudyStorage
 from storage_helpers import (
     EPOCHS,
     NAME,
@@ -473,7 +473,7 @@ def test_threads_and_copies_share_one_file(path: Path) -> None:
     for thread in threads:
         thread.join(60)
     check_study(path, 40)
-    copied: SQLiteStorage = pickle.loads(pickle.dumps(storage_of(study)))
+    copied: StudyStorage = pickle.loads(pickle.dumps(storage_of(study)))
     assert len(copied.get_all_trials(study._study_id)) == 40
 
 

@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 
 from hpo.study.engines import EngineError
 from hpo.study.engines.sqlite_errors import CorruptStudy, DiskFull, StudyBusy, StudyFileError
-from hpo.study.storage import LeaseLost, NoTrialLeft, SQLiteStorage
+from hpo.study.storage import LeaseLost, NoTrialLeft, StudyStorage
 from storage_helpers import (
     EPOCHS,
     NAME,
@@ -258,7 +258,7 @@ def test_disk_full_while_the_file_is_created(tmp_path: Path) -> None:
     def create() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
         with pytest.raises(DiskFull):
-            SQLiteStorage(tmp_path / "study.db")
+            StudyStorage(tmp_path / "study.db")
 
     assert wait([fork(create)]) == [0]
     assert list(tmp_path.iterdir()) == []
@@ -289,7 +289,7 @@ def test_corrupt_file_is_named_and_left_untouched(path: Path, kind: str) -> None
         path.write_bytes({"text": b"a note\n" * 999, "empty": b"", "cut": whole[:50_000]}[kind])
     before, modified = path.read_bytes(), path.stat().st_mtime_ns
     with pytest.raises(CorruptStudy) as caught:
-        SQLiteStorage(path)
+        StudyStorage(path)
     assert str(path) in str(caught.value)
     assert "left as it is" in str(caught.value)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (before, modified)
@@ -302,19 +302,19 @@ def test_another_schema_is_refused(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("UPDATE alembic_version SET version_num = 'v9'")
     with pytest.raises(StudyFileError, match="another Optuna"):
-        SQLiteStorage(path)
+        StudyStorage(path)
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises((StudyFileError, OSError), match="nowhere"):
-        SQLiteStorage(tmp_path / "nowhere" / "study.db")
+        StudyStorage(tmp_path / "nowhere" / "study.db")
 
 
 def test_odd_characters_in_the_path(tmp_path: Path) -> None:
     folder = tmp_path / "Étude n°1 {x}?#%20"
     folder.mkdir()
     work(make_study(folder), 0, 2)
-    storage = SQLiteStorage(folder / "study.db")
+    storage = StudyStorage(folder / "study.db")
     assert storage.get_n_trials(storage.get_study_id_from_name(NAME)) == 2
 
 
@@ -385,7 +385,7 @@ def test_backups_of_a_running_study_are_consistent(path: Path) -> None:
     workers = [
         fork(work, path, r, 120, epoch=0.003, grace=5, job_id="7", stderr=errors) for r in range(4)
     ]
-    storage = SQLiteStorage(path)
+    storage = StudyStorage(path)
     while os.waitpid(workers[0], os.WNOHANG) == (0, 0):
         copies.append(path.with_name(f"copy {len(copies)}.db"))
         assert file_of(storage).backup(copies[-1], max_age=60)
@@ -401,7 +401,7 @@ def test_backups_of_a_running_study_are_consistent(path: Path) -> None:
 
 
 def test_backup_is_skipped_while_it_is_young(path: Path) -> None:
-    storage, target = SQLiteStorage(path), path.with_name("study.db.backup")
+    storage, target = StudyStorage(path), path.with_name("study.db.backup")
     assert file_of(storage).backup(target, max_age=60)
     assert not file_of(storage).backup(target, max_age=60)
     assert file_of(storage).backup(target, max_age=0)
@@ -412,7 +412,7 @@ def test_backup_is_skipped_while_it_is_young(path: Path) -> None:
 
 
 def test_a_damaged_study_never_replaces_a_good_backup(path: Path) -> None:
-    storage, target = SQLiteStorage(path), path.with_name("study.db.backup")
+    storage, target = StudyStorage(path), path.with_name("study.db.backup")
     assert file_of(storage).backup(target)
     good = target.read_bytes()
     _damage(path)
@@ -423,7 +423,7 @@ def test_a_damaged_study_never_replaces_a_good_backup(path: Path) -> None:
 
 
 def test_a_study_that_was_lost_never_replaces_its_backup(path: Path) -> None:
-    storage, target = SQLiteStorage(path), path.with_name("study.db.backup")
+    storage, target = StudyStorage(path), path.with_name("study.db.backup")
     study = open_study(path)
     for value in range(3):
         study.add_trial(optuna.trial.create_trial(value=value))

@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hpo.study.storage import SQLiteStorage
+from hpo.study.storage import StudyStorage
 from storage_helpers import file_of, open_study, place_of, storage_of, suggest
 
 only_sqlite = pytest.mark.parametrize("path", ["sqlite"], indirect=True)
@@ -18,7 +18,7 @@ only_sqlite = pytest.mark.parametrize("path", ["sqlite"], indirect=True)
 
 def fresh(path: Path) -> list[Any]:
     """Return the trials as somebody reads them who remembers nothing."""
-    return list(SQLiteStorage(place_of(path, {})).get_all_trials(1))
+    return list(StudyStorage(place_of(path, {})).get_all_trials(1))
 
 
 def selects(study: optuna.Study) -> list[str]:
@@ -88,7 +88,7 @@ def test_every_write_is_seen_at_once(path: Path) -> None:
 @pytest.mark.parametrize("values", [[1.5], [float("inf")], None])
 def test_a_trial_finished_here_is_as_in_the_file(path: Path, values: list[float] | None) -> None:
     study = optuna.load_study(
-        study_name="study", storage=SQLiteStorage(place_of(path, {}), worker="worker 0 on n1")
+        study_name="study", storage=StudyStorage(place_of(path, {}), worker="worker 0 on n1")
     )
     study.get_trials()
     trial = study.ask()

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState  # noqa: E402
 
 from hpo.search.samplers import make_sampler  # noqa: E402
 from hpo.settings import Settings  # noqa: E402
-from hpo.study.storage import SQLiteStorage  # noqa: E402
+from hpo.study.storage import StudyStorage  # noqa: E402
 from storage_helpers import EPOCHS, NAME, fork, kill, make_study, suggest  # noqa: E402
 
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the proxy
@@ -51,7 +51,7 @@ class Engine:
         pass
 
     def storage(self, rank: int) -> BaseStorage:
-        return SQLiteStorage(self.path, worker=f"worker {rank}")
+        return StudyStorage(self.path, worker=f"worker {rank}")
 
     def study(self, rank: int, sampler: BaseSampler) -> optuna.Study:
         return optuna.load_study(

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT / "code_and_slurm-scripts"), str(ROOT / "tests" / "help
 from optuna.study import StudyDirection  # noqa: E402
 
 from hpo.study.engines.postgresql import PostgreSQL  # noqa: E402
-from hpo.study.storage import SQLiteStorage  # noqa: E402
+from hpo.study.storage import StudyStorage  # noqa: E402
 from postgresql_server import PostgreSQLServer, wanted  # noqa: E402
 from storage_helpers import NAME  # noqa: E402
 from storage_storm import (  # noqa: E402
@@ -40,7 +40,7 @@ def study_on_a_server(folder: Path) -> Iterator[Path]:
     server = PostgreSQLServer(Path(f"/tmp/pg-{os.getpid()}"))
     path = folder / "study.url"
     path.write_text(server.empty("study"))
-    storage = SQLiteStorage(PostgreSQL(path.read_text()))
+    storage = StudyStorage(PostgreSQL(path.read_text()))
     storage.create_new_study([StudyDirection.MINIMIZE], NAME)
     storage.remove_session()
     try:

@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from hpo.settings import Settings
 from hpo.study.engines.postgresql import PostgreSQL
 from hpo.study.engines.sqlite_file import StudyFile, create_study_file
-from hpo.study.storage import LeaseLost, NoTrialLeft, SQLiteStorage
+from hpo.study.storage import LeaseLost, NoTrialLeft, StudyStorage
 from hpo.study.upkeep import Upkeep
 from postgresql_server import ask
 
@@ -60,18 +60,18 @@ def stock_storage(path: Path) -> optuna.storages.RDBStorage:
 
 
 def open_study(path: Path, rank: object = "test", seed: int = 0, **options: Any) -> optuna.Study:
-    storage = SQLiteStorage(place_of(path, options), worker=f"worker {rank}", **options)
+    storage = StudyStorage(place_of(path, options), worker=f"worker {rank}", **options)
     sampler = optuna.samplers.RandomSampler(seed=seed)
     pruner = optuna.pruners.NopPruner()
     return optuna.load_study(study_name=NAME, storage=storage, sampler=sampler, pruner=pruner)
 
 
-def storage_of(study: optuna.Study) -> SQLiteStorage:
-    assert isinstance(study._storage, SQLiteStorage)
+def storage_of(study: optuna.Study) -> StudyStorage:
+    assert isinstance(study._storage, StudyStorage)
     return study._storage
 
 
-def file_of(storage: SQLiteStorage) -> StudyFile:
+def file_of(storage: StudyStorage) -> StudyFile:
     assert isinstance(storage.file, StudyFile)
     return storage.file
 

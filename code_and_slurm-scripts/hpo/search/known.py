@@ -30,7 +30,7 @@ from hpo.search.space import misfit
 from hpo.settings import FINALISTS, Settings, UserError
 from hpo.study.opening import clear_errors, open_storage, open_study
 from hpo.study.optuna_private import storage_of, study_id
-from hpo.study.storage import SQLiteStorage
+from hpo.study.storage import StudyStorage
 from hpo.study.trials import best_trials, without_best
 from hpo.words import one_line, parameters, with_tuples
 
@@ -111,7 +111,7 @@ def _remember_once(study: optuna.Study, found: list[Params]) -> None:
     begin a study at the same instant; in a job, init_optuna_db.py has done so before them.
     """
     storage = storage_of(study)
-    if isinstance(storage, SQLiteStorage):
+    if isinstance(storage, StudyStorage):
         storage.set_study_user_attr_once(study_id(study), KNOWN, found)
     elif KNOWN not in study.user_attrs:
         study.set_user_attr(KNOWN, found)

@@ -23,7 +23,7 @@ from hpo.study.engines.postgresql import PostgreSQL
 from hpo.study.engines.sqlite_file import StudyFile, is_young, new_database, whole_copy
 from hpo.study.opening import clear_errors, open_storage, open_study
 from hpo.study.optuna_private import FrozenStudy, storage_of, study_id
-from hpo.study.storage import SQLiteStorage
+from hpo.study.storage import StudyStorage
 from hpo.study.studies import insert_study
 
 
@@ -33,7 +33,7 @@ class _Content(NamedTuple):
     leases: dict[int, tuple[Any, ...]]  # by the trial's number
 
 
-def backup(storage: SQLiteStorage, number: int, target: Path, max_age: float) -> bool:
+def backup(storage: StudyStorage, number: int, target: Path, max_age: float) -> bool:
     """Copy the study with that id to an SQLite file unless that is younger than max_age seconds.
 
     The copy is consistent, and on the disk before it takes the name.  Returns whether one was made.
@@ -95,7 +95,7 @@ def copy_study(settings: Settings, url: str) -> str:
 def _read(storage: BaseStorage, number: int) -> _Content:
     """Return all of a study.  The leases first: a trial that ends meanwhile needs none."""
     (study,) = (s for s in storage.get_all_studies() if study_id(s) == number)
-    held = leases.rows(storage.file, number) if isinstance(storage, SQLiteStorage) else {}
+    held = leases.rows(storage.file, number) if isinstance(storage, StudyStorage) else {}
     return _Content(study, storage.get_all_trials(number, deepcopy=False), held)
 
 
@@ -130,7 +130,7 @@ def _write_to(settings: Settings, content: _Content, check: Callable[[], None]) 
             os.link(copy, path)
         return
     storage = open_storage(settings, create=True)
-    assert isinstance(storage, SQLiteStorage)
+    assert isinstance(storage, StudyStorage)
     with storage.file.write() as db:
         _write(db, content)
         check()

@@ -84,7 +84,7 @@ class _Watched:
 
 
 class Leases:
-    """One worker's leases, and its watch over those of the others; see SQLiteStorage."""
+    """One worker's leases, and its watch over those of the others; see StudyStorage."""
 
     def __init__(
         self, worker: str, token: str, job_id: str, grace: float, max_attempts: int

@@ -29,7 +29,7 @@ from hpo.study.engines.postgresql import PostgreSQL
 from hpo.study.engines.sqlite_file import StudyFile, create_study_file
 from hpo.study.optuna_private import storage_of
 from hpo.study.served import Leased, ServedStorage, Server, find_server, server_path
-from hpo.study.storage import SQLiteStorage
+from hpo.study.storage import StudyStorage
 from hpo.study.trials import Counts
 from hpo.values import check_writable
 from hpo.words import duration, one_line
@@ -100,9 +100,9 @@ def open_storage(settings: Settings, create: bool = False) -> BaseStorage:
         if server := find_server(path):
             return _served_storage(settings, server, create)
         readonly = _is_backup(path) or not _may_write(path)
-        return SQLiteStorage.of(settings, path, settings.signature, readonly=readonly)
+        return StudyStorage.of(settings, path, settings.signature, readonly=readonly)
     if url := settings.postgresql_url:
-        return SQLiteStorage.of(settings, PostgreSQL(url, create=create), settings.signature)
+        return StudyStorage.of(settings, PostgreSQL(url, create=create), settings.signature)
     try:
         return _stock_storage(settings)
     except UserError:
@@ -125,7 +125,7 @@ def _served_storage(settings: Settings, server: Server, create: bool) -> BaseSto
             f"{server} serves {path}: wait until it has ended "
             f"(if it has, delete {server_path(path)})"
         )
-    return SQLiteStorage(backup, worker="reader", readonly=True)
+    return StudyStorage(backup, worker="reader", readonly=True)
 
 
 def _stock_storage(settings: Settings) -> BaseStorage:
@@ -181,7 +181,7 @@ def _refuse_backup(path: Path) -> None:
 def backup_in_use(study: optuna.Study) -> str:
     """Return which backup an open study is, and its age; "" for one that is no backup."""
     storage = storage_of(study)
-    if not isinstance(storage, SQLiteStorage) or not isinstance(storage.file, StudyFile):
+    if not isinstance(storage, StudyStorage) or not isinstance(storage.file, StudyFile):
         return ""
     if not _is_backup(path := Path(storage.file.path)):
         return ""

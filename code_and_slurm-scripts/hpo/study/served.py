@@ -25,7 +25,7 @@ from hpo.study.engines import EngineError
 from hpo.study.held import NoTrialLeft
 from hpo.study.leases import has_ended
 from hpo.study.optuna_private import ProxyOfChannel
-from hpo.study.storage import SQLiteStorage
+from hpo.study.storage import StudyStorage
 from hpo.words import one_line
 
 HEADER = "hpo-secret"  # of each call
@@ -116,7 +116,7 @@ def forget_dead_server(settings: Settings) -> None:
 class ServedStorage(ProxyOfChannel):
     """A worker's view of a study that another process owns.
 
-    It offers what SQLiteStorage does for a worker.  A call waits for a server that is away, and
+    It offers what StudyStorage does for a worker.  A call waits for a server that is away, and
     raises ServerGone after PATIENCE seconds.  `total_trials` is the number of trials that the study
     ends with: it goes with each new trial, since the server cannot know when a finite space ends.
     """
@@ -184,7 +184,7 @@ class ServedStorage(ProxyOfChannel):
     def return_trial(
         self, trial_id: int, *, excused: bool = False, crashed: bool = False
     ) -> TrialState:
-        """Give this worker's trial back; see SQLiteStorage.return_trial."""
+        """Give this worker's trial back; see StudyStorage.return_trial."""
         return TrialState(self._own("return_trial", trial_id, excused, crashed))
 
     def return_held(self) -> None:
@@ -208,4 +208,4 @@ class ServedStorage(ProxyOfChannel):
 
 
 # The storages where a running trial has an owner, and comes back if that one dies.
-Leased: TypeAlias = SQLiteStorage | ServedStorage
+Leased: TypeAlias = StudyStorage | ServedStorage

@@ -46,14 +46,14 @@ from hpo.study.engines import EngineError
 from hpo.study.held import NoTrialLeft
 from hpo.study.optuna_private import add_storage, study_id
 from hpo.study.served import HEADER, OWN, Server, announce, find_server, server_path
-from hpo.study.storage import SQLiteStorage
+from hpo.study.storage import StudyStorage
 from hpo.study.upkeep import Upkeep
 
 THREADS = 4  # per worker: its main thread, its upkeep, and reserve
 LAST_RETURNS = 10.0  # seconds after SIGTERM: workers that got it, too, give their trials back
 
 
-class _Storage(SQLiteStorage):
+class _Storage(StudyStorage):
     """The storage of one worker, in the server."""
 
     def set_trial_param(

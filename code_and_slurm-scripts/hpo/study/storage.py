@@ -40,10 +40,10 @@ from hpo.study.optuna_private import FrozenStudy
 from hpo.study.optuna_private import trial_id as id_of
 from hpo.study.studies import Studies
 
-__all__ = ["LeaseLost", "NoTrialLeft", "SQLiteStorage"]
+__all__ = ["LeaseLost", "NoTrialLeft", "StudyStorage"]
 
 
-class SQLiteStorage(BaseStorage):
+class StudyStorage(BaseStorage):
     """Optuna's storage on one database, shared by many workers: an engine, or an SQLite file.
 
     `worker` names this worker, for people; finished trials get it as their user attribute
@@ -81,7 +81,7 @@ class SQLiteStorage(BaseStorage):
     @classmethod
     def of(
         cls, settings: Settings, place: Path | Engine, worker: str, readonly: bool = False
-    ) -> SQLiteStorage:
+    ) -> StudyStorage:
         """Return the storage of one worker of a job."""
         return cls(
             place,

@@ -28,7 +28,7 @@ from hpo.study.copying import backup
 from hpo.study.engines import EngineError
 from hpo.study.optuna_private import storage_of, study_id, trial_id
 from hpo.study.served import Leased
-from hpo.study.storage import SQLiteStorage
+from hpo.study.storage import StudyStorage
 
 BACKUP_SECONDS = 40.0  # with the wake-ups between, a backup is never older than 60 s
 LONGEST_SLEEP = 10.0  # seconds
@@ -77,7 +77,7 @@ class Upkeep:
             pass  # finished meanwhile, or lost: the next report in the main thread will say so
         except Exception as error:  # the file is busy, the server gone: the next time may work
             log.warning("the lease could not be renewed: %s", error)
-        if not isinstance(self._storage, SQLiteStorage):
+        if not isinstance(self._storage, StudyStorage):
             return  # the server does the rest for all; or there is no more to do
         try:
             for number in self._storage.return_stale_trials(self._study_id):

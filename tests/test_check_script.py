@@ -85,6 +85,15 @@ def test_one_fault_is_found(check: Checker, old: str, new: str, name: str, findi
     assert sum(text.startswith("MEND") for text in table.values()) == status
 
 
+def test_one_report_at_the_end_cannot_be_pruned(check: Checker) -> None:
+    """As of a boosting with fewer rounds than there are between two reports."""
+    report = "        trial.report(losses[-1], epoch)\n"
+    moved = (report, ""), ("if trial.should_prune()", "if False")
+    _, table, _ = check(TOY, *moved, ("    return losses", f"{report[4:]}    return losses"))
+    assert table["prune"].startswith("look one report alone")
+    assert table["resume"] == "- not tried: see prune"
+
+
 def test_an_exception_names_its_line(check: Checker) -> None:
     _, table, _ = check(TOY, ("    return losses[-1]", "    return losses[99]"))
     assert re.search(r"IndexError: .* \(script_of_a_user.py, line \d+\)$", table["one trial"])

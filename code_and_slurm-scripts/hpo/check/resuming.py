@@ -20,7 +20,10 @@ Row = tuple[str, str]  # verdict, text
 
 def pruned(bench: Bench) -> Row:
     """Return the row of trials that should_prune() told to end after their first epoch."""
-    if not bench.whole.asked:
+    whole = bench.whole
+    if not whole.asked and whole.ended and len(whole.reports) == 1:
+        return "look", "one report alone, at its end: nothing to prune, nor to go on from"
+    if not whole.asked:
         return "MEND", (
             "should_prune() is never asked; after each epoch: "
             "if trial.should_prune(): raise optuna.TrialPruned"

@@ -7,7 +7,7 @@
 The tasks meet in a folder beside study.db, and task 0 prints one table (✓ fine, – a remark, ✗ to be
 mended, with what to do about it).  Exit status of task 0: 0 all is well; 1 something must be
 mended; 3 all is well but for the locks or file caches between the nodes, or they could not be
-tested in time, and the batch script then has one process serve the study (hpo/study/server.py).
+tested in time, and the batch script then has one process serve the study (hpo/study/serving).
 Of the other tasks: 0.
 """
 

@@ -31,7 +31,7 @@ from hpo.settings import Settings, UserError, run_script
 from hpo.study.copying import copy_study
 from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id
-from hpo.study.served import forget_dead_server
+from hpo.study.serving.served import forget_dead_server
 from hpo.study.storage import StudyStorage
 from hpo.study.trials import count
 from hpo.study.upkeep import LONGEST_SLEEP, return_stuck

@@ -22,7 +22,7 @@ import known_for_tests
 from hpo.search.given import FinalsAreWhole, GivenFirst
 from hpo.settings import Settings, UserError, forget
 from hpo.show import facts
-from hpo.show.pictures import pictures_of
+from hpo.show.figures.pictures import pictures_of
 from hpo.show.results import chosen_trial
 from hpo.study.opening import create_or_open_study, open_study
 from hpo.study.trials import FINAL_OF, best_line, best_searched, count, is_final, limit, to_keep

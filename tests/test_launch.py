@@ -462,7 +462,7 @@ def test_the_server_knows_the_nodes_and_its_death_is_one_line(job: Path) -> None
         text=True,
         timeout=120,
     )
-    call = "-m hpo.study.server 8 n1 n2\n"
+    call = "-m hpo.study.serving.server 8 n1 n2\n"
     assert Path(os.environ["RECORD"]).read_text() == f"{call}{call}stopped\n"
     died = "the study's server died with status"
     lines = [line for line in done.stdout.splitlines() if "serves the study" not in line]

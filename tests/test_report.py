@@ -26,10 +26,10 @@ from fake_study import fill
 from hpo.settings import Settings, UserError
 from hpo.show import facts
 from hpo.show.compare import compare
-from hpo.show.pictures import limits
+from hpo.show.figures.pictures import limits
+from hpo.show.figures.sample import thinned
+from hpo.show.figures.timeline import SLOTS, bars, busy
 from hpo.show.report import write_report
-from hpo.show.sample import thinned
-from hpo.show.timeline import SLOTS, bars, busy
 from hpo.show.trial_table import for_page, log_name, write_csv
 from hpo.study.opening import create_or_open_study
 from hpo.study.trials import best_trials, complete

@@ -23,7 +23,7 @@ def test_looking_at_a_study_needs_no_torch() -> None:
     names = [
         ".".join(path.relative_to(SCRIPTS).with_suffix("").parts)
         for path in ROOMS
-        if path.parent.name in folders and path.stem != "__init__"
+        if path.relative_to(SCRIPTS / "hpo").parts[0] in folders and path.stem != "__init__"
     ]
     assert len(names) > 20
     code = f"import sys, {', '.join(names)}; print('torch' in sys.modules)"
@@ -45,7 +45,7 @@ def test_a_room_is_read_once_from_top_to_bottom(path: Path) -> None:
 
 def test_at_most_a_dozen_files_at_one_level() -> None:
     for folder in {path.parent for path in ROOMS}:
-        assert len(list(folder.glob("*.py"))) <= 14, folder
+        assert len(list(folder.glob("*.py"))) <= (14 if folder.name == "hpo" else 12), folder
 
 
 def test_the_contract_names_what_is_there() -> None:

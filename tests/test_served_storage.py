@@ -24,11 +24,11 @@ from hpo.job import return_trials
 from hpo.settings import Settings, UserError
 from hpo.show import progress
 from hpo.site import fault_of
-from hpo.study import served
 from hpo.study.opening import backup_in_use, create_or_open_study, open_study
 from hpo.study.optuna_private import storage_of
-from hpo.study.served import OWN, ServedStorage, Server, ServerGone, announce, find_server
-from hpo.study.server import own_address
+from hpo.study.serving import served
+from hpo.study.serving.served import OWN, ServedStorage, Server, ServerGone, announce, find_server
+from hpo.study.serving.server import own_address
 from hpo.study.storage import NoTrialLeft, StudyStorage
 from hpo.study.trials import is_final
 from hpo.trial import Outcome, _give_back
@@ -62,7 +62,7 @@ def keeper(
     for name, value in JOB.items():
         monkeypatch.setenv(name, value)
     create_or_open_study(Settings.from_env())._storage.remove_session()
-    command = [sys.executable, "-m", "hpo.study.server", str(WORKERS), socket.gethostname()]
+    command = [sys.executable, "-m", "hpo.study.serving.server", str(WORKERS), socket.gethostname()]
     process = subprocess.Popen(
         ["bash", "hpo/job/keep_serving.sh", str(tmp_path / "server.out"), *command],
         cwd=SCRIPTS,
@@ -86,7 +86,7 @@ def server_of(keeper: subprocess.Popen[str]) -> int:
     """Return the id of the process that serves, below the one that keeps it."""
     text = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text()
     for pid in map(int, text.split()):
-        if b"hpo.study.server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"hpo.study.serving.server" in Path(f"/proc/{pid}/cmdline").read_bytes():
             return pid
     return 0
 

@@ -21,9 +21,10 @@ from common import HELPERS, SCRIPTS, Run
 from hpo import settings as process
 from hpo.job import count, return_trials
 from hpo.settings import Settings, UserError, run_script
-from hpo.study import opening, server, upkeep
+from hpo.study import opening, upkeep
 from hpo.study.opening import create_or_open_study, open_study
 from hpo.study.optuna_private import study_id
+from hpo.study.serving import server
 from hpo.values import without_password
 from hpo.worker import _Lines
 

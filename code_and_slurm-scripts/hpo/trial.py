@@ -29,7 +29,7 @@ from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
 from hpo.site import fault_of
 from hpo.study.optuna_private import storage_of, trial_id
-from hpo.study.served import Leased
+from hpo.study.serving.served import Leased
 from hpo.study.trials import to_keep
 from hpo.values import without_password
 from hpo.words import one_line

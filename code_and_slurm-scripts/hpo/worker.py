@@ -51,7 +51,7 @@ from hpo.study.engines.postgresql import ServerAway
 from hpo.study.engines.sqlite_errors import DiskFull, StudyBusy
 from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id, trial_id
-from hpo.study.served import Leased, ServerGone
+from hpo.study.serving.served import Leased, ServerGone
 from hpo.study.storage import NoTrialLeft
 from hpo.study.trials import best_line, best_searched, count, same_reason
 from hpo.study.upkeep import Upkeep

@@ -117,7 +117,7 @@ serve_study() {
     local hosts
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     bash hpo/job/keep_serving.sh "$logs/$SLURM_JOB_ID.server.out" "${run_python[@]}" \
-        -m hpo.study.server $((tasks * WORKERS_PER_GPU)) "${hosts[@]}" &
+        -m hpo.study.serving.server $((tasks * WORKERS_PER_GPU)) "${hosts[@]}" &
     server=$!
     local file=${STUDY_DB#sqlite:///}.server seconds
     for ((seconds = 0; seconds < 60; seconds++)); do

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The process that serves the study, started again if it dies (bash keep_serving.sh LOG COMMAND…).
 #
-# It takes its workers up where it left them, and they wait for it (hpo/study/server.py).  It is not
+# It takes its workers up where it left them, and they wait for it (hpo/study/serving/server.py).  It is not
 # started again if it ends by itself (status 0 or 2), after SIGTERM, or when it has died four times
 # in a row; one that lived for a minute starts a new row.  Its output goes to LOG, and what happens
 # to it is one line here, which is the job's log.

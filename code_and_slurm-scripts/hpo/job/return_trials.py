@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 from hpo.settings import Settings, UserError, run_script
 from hpo.study.opening import open_study
 from hpo.study.optuna_private import storage_of, study_id
-from hpo.study.served import Leased
+from hpo.study.serving.served import Leased
 
 RETURNED = 10
 

@@ -17,10 +17,10 @@ from optuna.trial import FrozenTrial
 
 from hpo.settings import Settings, UserError
 from hpo.show import facts, page
-from hpo.show.chart import Line, draw_lines
-from hpo.show.pictures import Picture, best_so_far
+from hpo.show.figures.chart import Line, draw_lines
+from hpo.show.figures.pictures import Picture, best_so_far
+from hpo.show.figures.sample import fits_an_axis
 from hpo.show.report import Drawing, need_packages, write_page
-from hpo.show.sample import fits_an_axis
 from hpo.study.opening import open_study
 from hpo.study.trials import complete, is_feasible
 from hpo.words import shown

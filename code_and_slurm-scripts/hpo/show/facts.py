@@ -14,9 +14,9 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.packages import installed
 from hpo.search.pruners import reports_as
 from hpo.settings import Settings, in_force
+from hpo.show.figures.sample import LARGEST, fits_an_axis
+from hpo.show.figures.timeline import bars
 from hpo.show.results import shown_score
-from hpo.show.sample import LARGEST, fits_an_axis
-from hpo.show.timeline import bars
 from hpo.study.opening import backup_in_use
 from hpo.study.trials import attributes, best_in_words, best_trials, complete, count, without_best
 from hpo.words import cut, duration, one_line, shown

@@ -24,11 +24,11 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.search.pruners import reports_as
 from hpo.settings import Settings
 from hpo.show.facts import time_with_trials
-from hpo.show.timeline import bars
+from hpo.show.figures.timeline import bars
 from hpo.show.trial_table import LOGS
 from hpo.study.opening import backup_in_use, open_study
 from hpo.study.optuna_private import storage_of, study_id
-from hpo.study.served import Leased
+from hpo.study.serving.served import Leased
 from hpo.study.trials import Counts, best_line, best_trials, count, fail_reasons
 from hpo.words import cut, duration, parameters, shown, values
 

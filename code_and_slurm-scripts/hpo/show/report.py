@@ -30,7 +30,7 @@ from hpo import packages
 from hpo.files import whole
 from hpo.settings import Settings, UserError
 from hpo.show import facts, page
-from hpo.show.pictures import Picture, pictures_of
+from hpo.show.figures.pictures import Picture, pictures_of
 from hpo.show.trial_table import LOGS, for_page, write_csv
 from hpo.study.trials import best_trials, complete, fail_reasons, without_best
 from hpo.words import cut, one_line

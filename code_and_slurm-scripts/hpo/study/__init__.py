@@ -45,7 +45,7 @@ Imported from outside are opening, trials, upkeep, optuna_private, and storage f
                  runs), studies, tables and cache, and under them leases and engines
     engines      what differs between SQLite and PostgreSQL
     copying      a study from one database to another, and from a server to its backup
-    served       a worker's side of a served study;  server: the process that serves it
+    serving      a study that one process serves to the workers of its job
     upkeep       the thread that renews leases, returns dead workers' trials, makes the backup
     trials       what the trials add up to: counts, the total, the best, why some failed
     optuna_private   the names of Optuna that are not public, each held by a test

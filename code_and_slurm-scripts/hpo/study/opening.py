@@ -28,7 +28,7 @@ from hpo.study.engines import EngineError
 from hpo.study.engines.postgresql import PostgreSQL
 from hpo.study.engines.sqlite_file import StudyFile, create_study_file
 from hpo.study.optuna_private import storage_of
-from hpo.study.served import Leased, ServedStorage, Server, find_server, server_path
+from hpo.study.serving.served import Leased, ServedStorage, Server, find_server, server_path
 from hpo.study.storage import StudyStorage
 from hpo.study.trials import Counts
 from hpo.values import check_writable

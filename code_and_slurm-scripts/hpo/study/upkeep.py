@@ -27,7 +27,7 @@ from hpo.settings import Settings
 from hpo.study.copying import backup
 from hpo.study.engines import EngineError
 from hpo.study.optuna_private import storage_of, study_id, trial_id
-from hpo.study.served import Leased
+from hpo.study.serving.served import Leased
 from hpo.study.storage import StudyStorage
 
 BACKUP_SECONDS = 40.0  # with the wake-ups between, a backup is never older than 60 s

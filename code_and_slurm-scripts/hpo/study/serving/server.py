@@ -1,13 +1,13 @@
 """One process owns study.db and serves it, where the file system's locks do not hold between nodes.
 
-    python -m hpo.study.server WORKERS NODE…    hpo/job/keep_serving.sh, on the job's first node
+    python -m hpo.study.serving.server WORKERS NODE…   hpo/job/keep_serving.sh, on the first node
 
 check_cluster.py finds such file systems (Lustre mounted with localflock, for one).  There SQLite
 would be destroyed by two nodes that write at the same time.
 
 Who may call.  The server listens on the address by which this node reaches the others of the job
 (NODE…; the loopback address where there are none), and answers no call that does not bring the
-job's secret: 256 random bits, made here, in study.db.server beside study.db (hpo/study/served.py).
+job's secret: 256 random bits, made here, in study.db.server beside study.db (served.py).
 The secret and the trials cross the job's network in clear.
 
 If it dies it is started again.  It finds its own study.db.server, and goes on at the same ports,
@@ -45,7 +45,7 @@ from hpo.settings import Settings, UserError, run_script
 from hpo.study.engines import EngineError
 from hpo.study.held import NoTrialLeft
 from hpo.study.optuna_private import add_storage, study_id
-from hpo.study.served import HEADER, OWN, Server, announce, find_server, server_path
+from hpo.study.serving.served import HEADER, OWN, Server, announce, find_server, server_path
 from hpo.study.storage import StudyStorage
 from hpo.study.upkeep import Upkeep
 

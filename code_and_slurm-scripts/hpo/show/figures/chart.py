@@ -12,7 +12,7 @@ from typing import Any
 
 import optuna
 
-from hpo.show.sample import escaped
+from hpo.show.figures.sample import escaped
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A worker's side of a study that one process of the job serves (hpo/study/server.py).
+"""A worker's side of a study that one process of the job serves (hpo/study/serving/server.py).
 
 The server says where it listens in study.db.server, beside study.db, as long as it runs.  The
 file also holds the job's secret, without which the server answers no call, so that its owner alone

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.show.chart import Line, draw_lines
+from hpo.show.figures.chart import Line, draw_lines
 
 MOST_BARS = 1000
 SLOTS = 300  # of the picture of utilisation

@@ -19,9 +19,9 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.show.chart import Line, draw_lines
-from hpo.show.sample import drawable, escaped, fits_an_axis, for_matplotlib
-from hpo.show.timeline import COLOURS, timeline, utilisation
+from hpo.show.figures.chart import Line, draw_lines
+from hpo.show.figures.sample import drawable, escaped, fits_an_axis, for_matplotlib
+from hpo.show.figures.timeline import COLOURS, timeline, utilisation
 from hpo.study.trials import complete, is_feasible, without_finals
 
 MOST_CONTOURS = 4  # parameters: each pair of them is one contour plot

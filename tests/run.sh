@@ -18,8 +18,9 @@ source code_and_slurm-scripts/hpo/job/venv.sh
 of_versions=(tests/test_{capture,checkpoint,ddp,gpu,huggingface,optuna_llm,optuna_mnist}.py
     tests/test_{optuna_t5,plain_training,report,script,settings,space,sqlite_storage,training,worker}.py
     tests/test_check_script.py::test_the_example_passes)
-# Four files beside each other, also on two cores: most tests wait for processes.
-parallel=(--numprocesses=4 --dist=loadfile)
+# Four files beside each other, also on two cores: most tests wait for processes.  In the order of
+# their names, for the long ones are not those with the most tests.
+parallel=(--numprocesses=4 --dist=loadfile --no-loadscope-reorder)
 environment=${1:-new}
 shift || true
 environments=("$environment")

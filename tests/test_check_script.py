@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from checked import TOY, Checker, check, rows
+from checked import HURRY, TOY, Checker, check, rows
 from common import BUNDLE, SCRIPTS, Run
 
 __all__ = ["check"]
 STUDY = (BUNDLE / "tests" / "plain_training" / "my_study.py").read_text()
 DATA = ('"../data"', f'"{BUNDLE}/data"')
 SLOW = "        __import__('time').sleep({})\n        losses.append("
-# An epoch of 0.4 s stands for one of 10 s: all times that a check allows are shorter.
-HURRY = """
-from hpo.check import bench
-bench.SECONDS, bench.EPOCH_SECONDS, bench.LONGER_SECONDS = {}, 0.1, 0.2
-if __name__"""
 
 
 def test_the_example_passes(run: Run, own_study: Path) -> None:

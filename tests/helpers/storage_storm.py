@@ -62,7 +62,19 @@ class Result:
 
 
 def our_worker(path: Path, log: Path) -> None:
-    work(path, os.getpid(), TRIALS, grace=GRACE, epoch=EPOCH, log=log, max_attempts=10**9)
+    def objective(trial: optuna.Trial, epoch: float) -> float:
+        keep_step(log, trial.number)
+        return train(trial, epoch)
+
+    options = {"grace": GRACE, "epoch": EPOCH, "max_attempts": 10**9}
+    work(path, os.getpid(), TRIALS, objective=objective, log=log, **options)
+
+
+def keep_step(log: Path, number: int) -> None:
+    """Wait until the kills have come as far as the trials: on a slow machine they are fewer."""
+    kills = log.with_name("kills")  # a byte for each
+    while number > WORKERS + TRIALS * kills.stat().st_size / KILLS:
+        time.sleep(0.01)
 
 
 def stock_worker(path: Path, log: Path) -> None:
@@ -82,6 +94,7 @@ def stock_worker(path: Path, log: Path) -> None:
 
     def objective(trial: optuna.Trial) -> float:
         write_line(log, f"claimed {trial.number}")
+        keep_step(log, _planned(trial.study.get_trials(deepcopy=False)[trial.number]))
         return train(trial, EPOCH)
 
     limit = MaxTrialsCallback(TRIALS, states=(TrialState.COMPLETE,))
@@ -101,6 +114,7 @@ class Launcher:
     def __init__(self, folder: Path, ours: bool, seed: int, path: Path | None = None) -> None:
         self.path = path or make_study(folder)
         self.log, self.errors = folder / "log", folder / "errors"
+        (folder / "kills").touch()
         self.worker = our_worker if ours else stock_worker
         self.random = random.Random(seed)
         self.pids = [self._start() for _ in range(WORKERS)]
@@ -118,10 +132,16 @@ class Launcher:
             if running:  # one that ended by itself was no kill
                 kill(self.pids[victim])
                 done += 1
+                self._note(1)
             self.pids[victim] = self._start()
         for pid in self.pids:
             kill(pid)
+        self._note(KILLS)
         return done
+
+    def _note(self, kills: int) -> None:
+        with self.log.with_name("kills").open("a") as file:
+            file.write("x" * kills)
 
     def finish(self, limit: float) -> None:
         """Let workers end by themselves, and start one again that dies of an error."""

@@ -187,7 +187,7 @@ def test_an_error_of_the_sampler_is_no_trials_failure(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == site.SITE_FAULT, done.stdout + done.stderr
-    assert "the sampler Bad failed: RuntimeError: singular matrix" in done.stdout
+    assert "the sampler CompleteTPE failed: RuntimeError: singular matrix" in done.stdout
     assert {trial.state for trial in trials()} == {COMPLETE, WAITING}
 
 

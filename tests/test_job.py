@@ -126,7 +126,7 @@ def test_tasks_have_the_settings_of_the_batch_script(job: Path, export: str) -> 
     """Whatever --export of sbatch and the site's TaskProlog make of the environment."""
     result = sbatch(job, SLURM_EXPORT_ENV=export)
     assert result.returncode == 0, result.stderr
-    assert len(record(job).splitlines()) == 10
+    assert len(record(job).splitlines()) == 9
     assert {line.split(" : ")[1] for line in record(job).splitlines()} == {"mine 10 endless"}
     assert "singularity exec --nv --bind /tmpdir,/work" in record(job, ".container")
 
@@ -179,7 +179,7 @@ def test_this_machines_python_where_no_container_is_named(job: Path) -> None:
     ("env", "says"),
     [
         ({"BINDS": "/missing"}, "/missing doesn't exist\nerror: Python does not start (status 255"),
-        ({"NO_OPTUNA": "1"}, "pip install --user -r requirements-container.txt"),
+        ({"NO_OPTUNA": "1"}, "pip install --user -c image.txt -r requirements-container.txt"),
         ({"CLEAN": "1"}, "the container hides the environment"),
         ({"SAMPLER": "bayes"}, "choose one of: tpe, random"),
     ],

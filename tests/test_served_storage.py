@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -291,7 +292,9 @@ def test_the_view_follows_the_backup_which_is_a_new_file_each_time(
     settings = Settings.from_env(STUDY_DB=f"sqlite:///{backup}", TOTAL_TRIALS="3")
     progress.follow(open_study(settings), settings)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["1", "2", "3"]
+    assert lines[0].split()[1:4] == ["1", "of", "3"]
+    found = [re.findall(r"\((\d) of 3 finished", line) for line in lines[1:]]
+    assert found == [["2"], ["3"]]
 
 
 def test_only_one_server_and_a_dead_job_s_is_forgotten(own_study: Path) -> None:

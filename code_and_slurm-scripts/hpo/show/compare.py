@@ -36,7 +36,7 @@ def compare(names: Sequence[str], settings: Settings) -> Path:
     """
     names = list(dict.fromkeys(names))
     if not 2 <= len(names) <= len(COLOURS):
-        raise UserError(f"--compare takes 2 to {len(COLOURS)} studies of {settings.study_db}")
+        raise UserError(f"--compare takes 2 to {len(COLOURS)} studies of {settings.shown_db}")
     each = [replace(settings, study_name=name, total_is_given=False) for name in names]
     studies = [open_study(one) for one in each]
     if len({tuple(study.directions) for study in studies}) > 1 or len(studies[0].directions) > 1:

@@ -305,9 +305,8 @@ def test_local_study_runs_and_goes_on_with_more_trials(local: Path) -> None:
         assert f"{total} trials: {total} complete" in result.stdout.replace(f"{total} of ", "")
         assert "best_params" in result.stdout
         assert "test accuracy" in result.stdout
-        assert (
-            f"PRUNER=none TOTAL_TRIALS={2 * int(total)} bash run-optuna-local.sh" in result.stdout
-        )
+        more = f"PRUNER=none TRAIN_IMAGES=1000 TOTAL_TRIALS={2 * int(total)}"  # all that was given
+        assert f"{more} bash run-optuna-local.sh" in result.stdout
     assert len(states(local)) == 4
 
 

@@ -29,7 +29,7 @@ def run_plain(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(FOLDER / script), *arguments],
         cwd=SCRIPTS,  # ../data is seen from there
-        env={**os.environ, "PYTHONPATH": str(SCRIPTS), "TOTAL_TRIALS": "2"},
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS), "TOTAL_TRIALS": "2", "PRUNER": "none"},
         capture_output=True,
         text=True,
         timeout=300,

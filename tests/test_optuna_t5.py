@@ -296,7 +296,7 @@ def test_missing_package_is_named_with_its_command(
 
 def test_study_from_start_to_export(tiny_pairs: Path, run: Run, tmp_path: Path) -> None:
     """Two trials; then everything that check_best_model.py does, without SMALL and DATA."""
-    names = {"PY_SCRIPT": "optuna_t5.py", "TOTAL_TRIALS": "2", "SEED": "1"}
+    names = {"PY_SCRIPT": "optuna_t5.py", "TOTAL_TRIALS": "2", "SEED": "1", "PRUNER": "none"}
     result = run("optuna_t5.py", **names)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("complete") == 2

@@ -207,7 +207,9 @@ def _loaded_once(folder: Path) -> str:
     said = [line for line in done.stderr.splitlines() if line.strip()]
     begins = [at for at, line in enumerate(said) if not line[0].isspace()]  # the traceback's end
     why = " ".join(map(str.strip, said[begins[-1] :])) if begins else f"status {done.returncode}"
-    raise ExportFailed(f"--export: it does not load in a fresh Python: {cut(why, 300)}")
+    if "cannot be imported" in why:
+        why = f"{cut(why, 240)} (the script reads data when it is imported? do so in a function)"
+    raise ExportFailed(f"--export: it does not load in a fresh Python: {cut(why, 330)}")
 
 
 def retrain(

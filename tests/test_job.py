@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,33 @@ try:
 except drain.Drained:
     sys.exit(5)
 """
+
+
+DEAF_ONCE = """
+import signal, sys, time
+count = 0
+def handle(number, frame):
+    global count
+    count += 1
+    if count == 2:
+        sys.exit(7)
+signal.signal(signal.SIGTERM, handle)
+open(sys.argv[0] + ".ready", "w").close()
+time.sleep(600)
+"""
+
+
+def test_a_signal_that_python_has_not_noticed_is_sent_again(tmp_path: Path) -> None:
+    """One that has reached another thread than the main one, which sleeps on."""
+    script = tmp_path / "deaf.py"
+    script.write_text(DEAF_ONCE)
+    command = ["bash", "hpo/job/keep_running.sh", str(script), sys.executable]
+    keeper = subprocess.Popen(command, cwd=SCRIPTS, env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
+    while not Path(f"{script}.ready").exists():
+        assert keeper.poll() is None
+        time.sleep(0.05)
+    keeper.terminate()
+    assert keeper.wait(timeout=60) == 7
 
 
 def test_a_signal_that_a_trial_has_swallowed_can_be_sent_again() -> None:

@@ -33,7 +33,7 @@ REPORT_SECONDS = 45.0  # of the job, for what comes after the workers: returns, 
 HARD_SECONDS = 15.0  # of these, until a process that does not react is ended
 INTERRUPTED = 74  # its exit status, known to hpo/job/keep_running.sh
 MARGIN_SECONDS = 5.0  # from the moment that a trial is saved until it is asked to stop, at most
-AGAIN_SECONDS = 5.0  # after a signal that a trial has swallowed, until another interrupts again
+AGAIN_SECONDS = 20.0  # after a signal that a trial has swallowed, until another interrupts again
 RESERVE_SECONDS = 90.0  # before the job's end; as #SBATCH --signal=B:USR1@90, the second net
 
 log = logging.getLogger("hpo.worker")
@@ -57,8 +57,8 @@ class Drain:
         self._at_once = False
         self._interruptible = False
         self._interrupted = float("inf")  # when, by time.monotonic()
-        self._left = threading.Event()  # no trial is running
-        self._left.set()
+        # A plain value, no Event: what a signal raises may leave an Event's lock locked for ever.
+        self._running = False  # a trial
         self._last = time.monotonic()  # start of the running epoch
         self._longest_epoch = 0.0  # seconds
         _in_use[:] = [self]
@@ -98,16 +98,14 @@ class Drain:
     def interruptible(self) -> Iterator[None]:
         """Let SIGTERM and SIGINT raise `Drained` in this block; elsewhere they only ask."""
         self._last = time.monotonic()
-        self._interruptible = True
-        self._left.clear()
+        self._interruptible = self._running = True
         try:
             if self._at_once:  # the signal came while the trial was being claimed
                 raise Drained
             yield
             self.epoch_ended()  # of an objective without reports: all of it
         finally:
-            self._interruptible = False
-            self._left.set()
+            self._interruptible = self._running = False
 
     def watch_the_end(self) -> None:
         """From now on, interrupt an epoch that would outlast the job; for a thread, see above."""
@@ -117,12 +115,15 @@ class Drain:
     def _interrupt(self) -> None:
         while (left := self._job_end - REPORT_SECONDS - time.time()) > 0:
             time.sleep(min(left, 60.0))  # the clock may be set meanwhile
-        if self._left.is_set():
-            return  # no trial: the next claim sees that it is too late
+        if not self._running:
+            return  # the next claim sees that it is too late
         log.info("the job ends in %.0f s: the running epoch is interrupted", REPORT_SECONDS)
         if thread := threading.main_thread().ident:  # also out of a call that waits
             signal.pthread_kill(thread, signal.SIGTERM)
-        if not self._left.wait(HARD_SECONDS):
+        end = time.monotonic() + HARD_SECONDS
+        while self._running and time.monotonic() < end:
+            time.sleep(0.1)
+        if self._running:
             log.warning("it does not react: its process ends, and the trial goes back")
             sys.stdout.flush()
             os._exit(INTERRUPTED)
@@ -133,7 +134,7 @@ class Drain:
     def _stop_now(self, signum: int, frame: FrameType | None) -> None:
         self._requested = self._at_once = True
         # A second signal, which scancel sends at once, must not interrupt what the trial cleans up.
-        swallowed = time.monotonic() - self._interrupted > AGAIN_SECONDS and not self._left.is_set()
+        swallowed = time.monotonic() - self._interrupted > AGAIN_SECONDS and self._running
         if self._interruptible or swallowed:
             self._interruptible = False
             self._interrupted = time.monotonic()

@@ -18,13 +18,25 @@ SITE_SECONDS=300 # that a file server may be away
 
 stopping=0
 worker=
+signal=
 # shellcheck disable=SC2329 # the traps below call it
 forward() { # forward SIGNAL: the worker takes no harm from a second one, which Slurm may send it
-    stopping=1
+    stopping=1 signal=$1
     [[ -z $worker ]] || kill -"$1" "$worker" 2>/dev/null
 }
 trap 'forward USR1' USR1
 trap 'forward TERM' TERM INT
+
+# Python acts on a signal in its main thread alone.  If the kernel has given it to another thread, or
+# just before a long call begins, that call goes on as if nothing had been: it needs a second one.
+send_again() {
+    local tenth
+    for ((tenth = 0; tenth < 30; tenth++)); do
+        kill -0 "$worker" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    kill -"$signal" "$worker" 2>/dev/null
+}
 
 # The file server may be away: a worker that has died of it could not help that, nor could the next.
 # Returns 1 where nothing is wrong.
@@ -47,11 +59,11 @@ main() { # a function, so that bash has read all of it before a file server can 
         "$@" "$script" &
         worker=$!
         ((! stopping)) || kill -TERM "$worker" # the signal came a moment before there was one
-        wait "$worker"
-        status=$?
-        while kill -0 "$worker" 2>/dev/null; do # a signal has interrupted the wait: it still runs
+        while true; do
             wait "$worker"
             status=$?
+            kill -0 "$worker" 2>/dev/null || break # else a signal has interrupted the wait
+            ((! stopping)) || send_again
         done
         worker=
         if ((status == INTERRUPTED)); then # as it was to: the job's end has come

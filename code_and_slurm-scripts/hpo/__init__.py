@@ -23,7 +23,7 @@ What a script may offer.  Only `objective` must be there, and it may be any call
                    of dicts of parameters, or parts
     prepare        init_optuna_db.py, the preflight, a   the data is not checked before the first
                    worker before its first trial         trial
-    build_model    an exported load_model.py             no export
+    build_model    an exported load_model.py             no export but of a framework's own file
     export_model   --export: one more form of it   weights.pt and load_model.py are all
     train_model    the objective; --check watches it     --check proves less
     test_model     check_best_model.py, --retrain        no test score

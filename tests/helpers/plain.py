@@ -46,6 +46,11 @@ def check_page(text: str, before: Path, after: Path) -> None:
 def run_plain(framework: str) -> optuna.trial.FrozenTrial:
     """Run a script of plain_loops, then one trial of its study, in this process; return that."""
     runpy.run_path(str(LOOPS / f"train_{framework}.py"), run_name="__main__")
+    return run_study(framework)
+
+
+def run_study(framework: str) -> optuna.trial.FrozenTrial:
+    """Run one trial of a study of plain_loops in this process; return it."""
     objective = runpy.run_path(str(LOOPS / f"study_{framework}.py"))["objective"]
     study = create_or_open_study(Settings.from_env())
     outcome = run_trial(study, study.ask(), objective, Drain(float("inf")))

@@ -11,6 +11,8 @@ imports), and nothing else of this machine:
     code/            the script, its modules, hpo/      load_model.py  python load_model.py
     requirements.txt what pip installs for it
 
+Of a framework that has written a file of its own it is that file (hpo/show/model_file.py).
+
 Before it has its name, it is loaded once in another Python process, in another folder.
 """
 
@@ -35,6 +37,7 @@ from optuna.trial import FrozenTrial
 from hpo.script import Script
 from hpo.settings import Settings, UserError
 from hpo.show.code import copy_code, requirements
+from hpo.show.model_file import model_file, write_model_file
 from hpo.show.results import (
     asked,
     configuration,
@@ -93,26 +96,39 @@ def export(study: optuna.Study, settings: Settings, trial: FrozenTrial, folder: 
         ExportFailed: the disk is full, or the model cannot be loaded.
     """
     with _new_folder(folder) as temporary:
-        script = load_script(study, settings)
-        script.need("build_model", "--export")
-        config = configuration(script, study, trial)
-        weights = load_weights(settings, trial.number)
-        files = {
-            "config.json": _as_json(config),
-            "metrics.json": to_json(_metrics(script, trial, config, weights), indent=2),
-            "versions.json": to_json(_versions(study, trial), indent=2),
-        }
-        asked(script, "build_model", config)  # it may import more
+        own = model_file(settings, trial.number)
         try:
-            placed = copy_code(script.py_script, temporary / "code")
-            _write(temporary, files, placed, weights)
-            if script.offers("export_model"):
-                asked(script, "export_model", config, weights, temporary)
+            if own:
+                write_model_file(own, temporary, study, trial)
+            else:
+                _write_model(temporary, study, settings, trial)
             said = _loaded_once(temporary)
             os.rename(temporary, folder)
         except (OSError, RuntimeError) as error:  # the latter is torch's word for a full disk
             raise ExportFailed(f"--export: {folder}: {one_line(error)}") from error
+        except ExportFailed as error:
+            if not own:
+                raise
+            raise ExportFailed(f"{error}; as it was written it is {own}") from error
     return said
+
+
+def _write_model(folder: Path, study: optuna.Study, settings: Settings, trial: FrozenTrial) -> None:
+    """Write the model of a script of one's own, with the code that builds it."""
+    weights = load_weights(settings, trial.number)
+    script = load_script(study, settings)
+    script.need("build_model", "--export")
+    config = configuration(script, study, trial)
+    files = {
+        "config.json": _as_json(config),
+        "metrics.json": to_json(_metrics(script, trial, config, weights), indent=2),
+        "versions.json": to_json(_versions(study, trial), indent=2),
+    }
+    asked(script, "build_model", config)  # it may import more
+    placed = copy_code(script.py_script, folder / "code")
+    _write(folder, files, placed, weights)
+    if script.offers("export_model"):
+        asked(script, "export_model", config, weights, folder)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ from hpo.train import base_model, causal
 from hpo.train.texts import Row, load_texts
 from hpo.train.training import gpu_has_bf16, pick_device
 
-NEEDS = ("transformers", "peft", "accelerate", "num2words")  # what pip installs beside torch
+NEEDS = ("transformers", "peft", "accelerate")  # what pip installs beside torch
 
 # ---------- 1. The search space: EDIT ----------
 

@@ -58,7 +58,7 @@ from hpo.train.seq2seq import (
 )
 from hpo.train.training import fused_adam, pick_device
 
-NEEDS = ("transformers", "num2words")  # what pip installs beside torch and Optuna
+NEEDS = "transformers"  # what pip installs beside torch and Optuna
 
 # ---------- 1. The search space: EDIT ----------
 
@@ -148,7 +148,7 @@ def prepare() -> None:
     from transformers.utils import is_torch_available  # type: ignore[attr-defined]
 
     if not is_torch_available():  # transformers 5 ignores a torch older than 2.4
-        wanted = pip_command(*NEEDS)
+        wanted = pip_command(NEEDS)
         raise UserError(f"this transformers is too new for torch {torch.__version__}; {wanted}")
     # Now, because torch 2.6 cannot import it where the parameters are counted, on device "meta".
     from transformers import T5ForConditionalGeneration  # noqa: F401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from hpo import checkpoint, words
 from hpo.settings import SCRIPTS, Settings, UserError
 from hpo.study.opening import create_or_open_study
 from hpo.train import pairs, seq2seq
+from hpo.train.french import in_french
 
 pytestmark = pytest.mark.usefixtures("tiny_pairs")
 
@@ -218,6 +220,14 @@ def test_parts_do_not_depend_on_what_else_is_in_the_file(tmp_path: Path) -> None
     assert [len(part) for part in all_of_them] == pytest.approx([800, 100, 100], abs=40)
 
 
+def test_numbers_are_those_of_earlier_studies() -> None:
+    """The file is that which num2words 0.5.14 spelt, byte by byte: DATA of studies that go on."""
+    lines = "".join(f"{n}\t{in_french(n)}\n" for n in range(100_000))
+    assert hashlib.sha256(lines.encode()).hexdigest() == (
+        "2b0746ae245be5bbc1c2712ad5306d2130c595440e53dd0f47bf4bfa8ed69840"
+    )
+
+
 def test_numbers_are_spelt_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "numbers.tsv"
     pairs._write_numbers(2000, path)
@@ -273,11 +283,11 @@ def test_bad_file_stops_the_job_before_its_workers(tiny_pairs: Path, run: Run) -
 def test_missing_package_is_named_with_its_command(
     study: optuna.Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A Python that has all packages of this one, but for transformers and num2words."""
+    """A Python that has all packages of this one, but for transformers."""
     packages = tmp_path / "packages"
     packages.mkdir()
     for path in Path(torch.__file__).parent.parent.iterdir():
-        if not path.name.startswith(("transformers", "num2words")):
+        if not path.name.startswith("transformers"):
             (packages / path.name).symlink_to(path)
     for script in ("init_optuna_db.py", "optuna_t5.py"):
         result = subprocess.run(
@@ -288,9 +298,9 @@ def test_missing_package_is_named_with_its_command(
             timeout=120,
         )
         assert result.returncode == 2, result.stderr
-        assert "optuna_t5.py needs transformers and num2words, which" in result.stderr
+        assert "optuna_t5.py needs transformers, which" in result.stderr
         command = result.stderr.splitlines()[-1]
-        assert command.endswith("pip install transformers==4.57.6 num2words==0.5.14")
+        assert command.endswith("pip install transformers==4.57.6")
     assert study.get_trials() == []
 
 

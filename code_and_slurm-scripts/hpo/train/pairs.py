@@ -3,9 +3,9 @@
     a script's prepare() prepare(settings)        writes the numbers once, checks DATA
     a worker             load_pairs(settings)     training, validation and test pairs
 
-Without DATA the pairs are numbers spelt out in French by num2words (1984 → mille neuf cent
-quatre-vingt-quatre): 0 … 9 999 with SMALL=1, otherwise 0 … 99 999.  A user's file is UTF-8 and has
-one pair per line, input<TAB>output.
+Without DATA the pairs are numbers spelt out in French (1984 → mille neuf cent quatre-vingt-quatre):
+0 … 9 999 with SMALL=1, otherwise 0 … 99 999.  A user's file is UTF-8 and has one pair per line,
+input<TAB>output.
 
 A pair's part is drawn from a hash of its input: about 80 % are for training, 10 % for validation
 and 10 % for the final test, the same on every machine and whatever else is in the file, and an
@@ -24,6 +24,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 from hpo.files import whole
 from hpo.settings import SCRIPTS, Settings, UserError
+from hpo.train.french import in_french
 
 MOST_BYTES = 1024  # of one text: attention's memory grows with the square of it
 FOLDER = SCRIPTS.parent / "data"
@@ -122,11 +123,9 @@ def read_tsv(path: Path) -> list[Pair]:
 
 def _write_numbers(count: int, path: Path) -> None:
     """Write the numbers whole or not at all: other workers may do the same just now."""
-    from num2words import num2words
-
     print(f"Spelling out {count} numbers in French, once …", flush=True)
     try:
         with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{n}\t{num2words(n, lang='fr')}\n" for n in range(count))
+            file.writelines(f"{n}\t{in_french(n)}\n" for n in range(count))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error

@@ -14,7 +14,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from common import SCRIPTS
-from hpo import site
+from hpo import site, values
 from hpo.settings import Settings
 from hpo.study.opening import open_study
 from hpo.study.trials import fail_reasons
@@ -147,7 +147,7 @@ def test_a_process_that_is_gone_is_a_crash_whatever_its_status(how: str, tmp_pat
 def test_the_sites_fault_is_no_trials_failure(fault: str, tmp_path: Path) -> None:
     """The trial goes back, the worker tries again for five grace periods, and stops with 75."""
     done = work(tmp_path, fault, LEASE_GRACE="1", MAX_ATTEMPTS="1")
-    assert done.returncode == site.SITE_FAULT, done.stdout + done.stderr
+    assert done.returncode == values.SITE_FAULT, done.stdout + done.stderr
     assert "trying again for 5 s" in done.stdout
     assert "submit again" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
@@ -186,7 +186,7 @@ def test_an_error_of_the_sampler_is_no_trials_failure(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == site.SITE_FAULT, done.stdout + done.stderr
+    assert done.returncode == values.SITE_FAULT, done.stdout + done.stderr
     assert "the sampler CompleteTPE failed: RuntimeError: singular matrix" in done.stdout
     assert {trial.state for trial in trials()} == {COMPLETE, WAITING}
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from hpo.study.held import LeaseLost, NoTrialLeft
 from hpo.study.opening import create_or_open_study, open_study
 from hpo.study.storage import StudyStorage
 from hpo.study.trials import count
+from hpo.values import SiteAway
 from postgresql_server import PostgreSQLServer, ask
 from storage_helpers import NAME, fork, make_study, storage_of, suggest, train, wait, work
 from storage_helpers import open_study as open_path
@@ -386,15 +389,41 @@ def test_bad_input_is_one_line_and_creates_nothing(
             assert SECRET not in text
         assert time.monotonic() - begin < 10
     assert _tables(url) == []
-    result = run("init_optuna_db.py", STUDY_DB=next(iter(cases)))
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "s3cr" not in result.stderr
+    typed = [url.replace("?host=", "?host=no-such-host.invalid"), *cases]
+    with ThreadPoolExecutor() as pool:
+        for result, case in zip(pool.map(partial(_init, run), typed), typed, strict=True):
+            assert result.stderr.count("\n") == 1, result.stderr
+            assert result.returncode == (75 if cases.get(case) == "refused" else 2), result.stderr
+            assert "s3cr" not in result.stderr
+    assert _tables(url) == []
+    assert not Settings.from_env(STUDY_DB=url).checkpoints.parent.exists()
     ask(url, "CREATE TABLE studies (x int)")
     with pytest.raises(UserError, match="tables of another program"):
         create_or_open_study(Settings.from_env(STUDY_DB=url))
     assert _tables(url) == [("studies",)]
     hba.write_text(hba.read_text().partition("\n")[2])
     ask(url, "SELECT pg_reload_conf()")
+
+
+def _init(run: Run, url: str) -> subprocess.CompletedProcess[str]:
+    return run("init_optuna_db.py", STUDY_DB=url)
+
+
+def test_addresses_that_do_not_answer() -> None:
+    """Two of one server, as a name of IPv4 and IPv6 has; and one of Optuna's gRPC."""
+    with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
+        ports = [each.getsockname()[1] for each in (a, b)]  # who connects, gets no word
+        url = f"postgresql://me@127.0.0.1,127.0.0.1/db?port={ports[0]},{ports[1]}"
+        _check_no_answer(url, SiteAway)
+        _check_no_answer(f"grpc://127.0.0.1:{ports[0]}", UserError)
+
+
+def _check_no_answer(url: str, kind: type[UserError]) -> None:
+    begin = time.monotonic()
+    with pytest.raises(kind) as caught:
+        create_or_open_study(Settings.from_env(STUDY_DB=url))
+    assert time.monotonic() - begin < 8  # of ten; Python has to start, too
+    assert "\n" not in str(caught.value)
 
 
 def test_a_reader_may_look_and_another_optuna_is_refused(url: str) -> None:
@@ -418,7 +447,8 @@ def test_a_reader_may_look_and_another_optuna_is_refused(url: str) -> None:
 def test_what_ends_by_itself_is_told_from_what_a_person_mends() -> None:
     away = ["connection refused", "FATAL:  the database system is starting up",
             "FATAL:  terminating connection due to administrator command"]  # fmt: skip
-    mend = ['FATAL:  password authentication failed for user "x"', "ERROR:  permission denied"]
+    mend = ['FATAL:  password authentication failed for user "x"', "ERROR:  permission denied",
+            "[Errno -2] Name or service not known"]  # fmt: skip
     found = [postgresql.is_away(Exception(text)) for text in [*away, *mend]]
     assert found == [True] * len(away) + [False] * len(mend)
 

@@ -213,7 +213,7 @@ def forget() -> None:
 
 
 def run_script(main: Callable[[], int]) -> None:
-    """Run a script's `main` and exit with its status; 2 and no traceback for a `UserError`.
+    """Run a script's `main` and exit with its status; no traceback for a `UserError`, which has 2.
 
     Does nothing while another program imports the script (hpo/script.py).
     """
@@ -226,7 +226,7 @@ def run_script(main: Callable[[], int]) -> None:
         except UserError as error:
             text = values.without_password(error)  # a driver may say to what it could not connect
             print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
-            status = 2
+            status = error.status
         except gpu.Unusable as unusable:
             print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
             status = unusable.status

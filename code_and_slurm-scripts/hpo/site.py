@@ -1,6 +1,7 @@
 """When the site, and not the program, is at fault: a full disk, a lost database, a failing sampler.
 
-No trial fails for it.  The worker tries again for some minutes, then stops with status SITE_FAULT.
+No trial fails for it.  The worker tries again for some minutes, then stops with status SITE_FAULT
+(hpo/values.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from hpo.words import duration, one_line
 
 T = TypeVar("T")
 
-SITE_FAULT = 75  # exit status; "temporary failure, try again later" in sysexits.h
 GRACES = 5  # grace periods of a lease that a worker tries again
 LONGEST_PAUSE = 30.0  # seconds
 # What a file system or a network says when it, and not the program, is at fault.

@@ -18,8 +18,19 @@ SQLITE_PREFIX = "sqlite:///"
 SERVER_URLS = ("postgresql", "postgres", "mysql", "journal", "grpc")
 
 
+SITE_FAULT = 75  # exit status; "temporary failure, try again later" in sysexits.h
+
+
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one or two lines, exit status 2."""
+
+    status = 2
+
+
+class SiteAway(UserError):
+    """No mistake of anybody here: a server that may be there again in a minute."""
+
+    status = SITE_FAULT
 
 
 def choice(env: Mapping[str, str], name: str, legal: Sequence[str]) -> str:

@@ -46,7 +46,7 @@ from hpo.search.objectives import check_objectives
 from hpo.search.pruners import check_search
 from hpo.search.remembered import Plan, adopt_space, plan_of
 from hpo.settings import Settings, UserError, use
-from hpo.site import SITE_FAULT, Patience, SiteFault
+from hpo.site import Patience, SiteFault
 from hpo.study.engines.postgresql import ServerAway
 from hpo.study.engines.sqlite_errors import DiskFull, StudyBusy
 from hpo.study.opening import create_or_open_study, stuck
@@ -62,7 +62,7 @@ from hpo.trial import (
     let_several_objectives_report,
     run_trial,
 )
-from hpo.values import without_password
+from hpo.values import SITE_FAULT, without_password
 from hpo.words import parameters, shown, values
 
 SAME_FAILURES = 3, 6  # in a row, before and after a success: then it is not the parameters

@@ -25,18 +25,18 @@ from optuna.study import Study, StudyDirection
 from hpo import packages, values
 from hpo.settings import SCRIPTS, Settings, UserError
 from hpo.study.engines import EngineError
-from hpo.study.engines.postgresql import PostgreSQL
+from hpo.study.engines.postgresql import PostgreSQL, ServerAway
 from hpo.study.engines.sqlite_file import StudyFile, create_study_file
 from hpo.study.optuna_private import storage_of
 from hpo.study.serving.served import Leased, ServedStorage, Server, find_server, server_path
 from hpo.study.storage import StudyStorage
 from hpo.study.trials import Counts
-from hpo.values import check_writable
+from hpo.values import SiteAway, check_writable
 from hpo.words import duration, one_line
 
 BACKUP = ".backup"  # study.db.backup is a copy of study.db
 DRIVERS = {"MySQLdb": "mysqlclient", "pymysql": "PyMySQL"}  # what pip calls them
-CONNECT_SECONDS = 8  # until an unreachable server is an error
+CONNECT_SECONDS = 5  # until an unreachable server is an error
 
 
 def create_or_open_study(settings: Settings) -> Study:
@@ -217,7 +217,8 @@ def clear_errors(settings: Settings) -> Iterator[None]:
     except EngineError as error:
         backup = settings.backup_path
         hint = f"; its last backup is {backup}" if backup and backup.exists() else ""
-        raise UserError(f"{error}{hint}") from error
+        kind = SiteAway if isinstance(error, ServerAway) else UserError
+        raise kind(f"{error}{hint}") from error
 
 
 def _grpc_storage(address: str) -> BaseStorage:

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 DRIVERS = ("psycopg", "psycopg2")  # in this order
 OLDEST = 13
-CONNECT = 4  # seconds to wait for one address of the server
+CONNECT = 3  # seconds to wait for one address of the server; there may be two
 IDLE = 20  # seconds that a transaction may stand still
 LONGEST_PAUSE = 2.0  # seconds between two attempts to connect
 RECONNECT = 15.0  # seconds to try for; hpo/site.py goes on, and knows when the job ends
@@ -95,7 +95,8 @@ def to_driver(sql: str) -> str:
 def is_away(error: BaseException) -> bool:
     """Return whether a server has not answered, or is starting or stopping (by the text)."""
     text = str(error)
-    answered = "FATAL:" in text or "ERROR:" in text
+    # No server of that name: mistyped.
+    answered = any(word in text for word in ("FATAL:", "ERROR:", "Name or service not known"))
     return not answered or any(word in text for word in ("starting up", "shut", "terminating"))
 
 

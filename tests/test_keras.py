@@ -23,7 +23,7 @@ if not os.environ.get("CI"):
     pytest.importorskip("keras")
 import keras
 
-from hpo.loops.keras import StudyCallback
+from hpo.loops.keras import StudyCallback, _Variables
 
 EPOCHS = 4
 ROWS = numpy.random.default_rng(0).normal(size=(128, 4)).astype("float32")
@@ -36,14 +36,20 @@ def study() -> optuna.Study:
     return create_or_open_study(Settings.from_env())
 
 
-def train(trial: optuna.Trial, metric: str = "val_loss", **changes: Any) -> float:
-    """Train a network with dropout, a schedule, and shuffled data."""
+def network() -> Any:
+    """Return a network with dropout and a schedule, which is not built yet."""
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(8), keras.layers.Dropout(0.5), keras.layers.Dense(1)]
-    model, callback = keras.Sequential(layers), StudyCallback(trial, metric)
+    model = keras.Sequential(layers)
     schedule = keras.optimizers.schedules.CosineDecay(0.05, EPOCHS * 6)
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(schedule), loss)
+    return model
+
+
+def train(trial: optuna.Trial, metric: str = "val_loss", **changes: Any) -> float:
+    """Train it with shuffled data."""
+    model, callback = network(), StudyCallback(trial, metric)
     options = {"validation_data": PARTS[1], "initial_epoch": callback.epochs, **changes}
     model.fit(
         *PARTS[0], batch_size=16, epochs=EPOCHS, callbacks=[callback], verbose=0, **options
@@ -77,6 +83,27 @@ def test_trial_that_is_interrupted_after_each_epoch(study: optuna.Study) -> None
     paths = [checkpoint.folder_path(settings, number) / "model.keras" for number in (0, 1)]
     said = [keras.models.load_model(path).predict(ROWS, verbose=0) for path in paths]
     assert numpy.array_equal(*said)
+
+
+def test_model_that_is_built_at_its_first_batch(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with TensorFlow: what was saved is there before that, and not drawn anew by it."""
+    trial = study.ask()
+    monkeypatch.setattr(optuna.Trial, "should_prune", drained)
+    with pytest.raises(Drained):
+        train(trial)
+    model, callback = network(), StudyCallback(trial)
+    saved = checkpoint.load(trial, progress={}, variables=(found := _Variables()))
+    assert saved == []
+    assert not model.built
+    callback.set_model(model)
+    callback.on_train_begin()
+    assert found._saved
+    for name, variables in (("model", model), ("optimizer", model.optimizer)):
+        values = [keras.ops.convert_to_numpy(each) for each in variables.variables]
+        assert len(values) == len(found._saved[name]) > 4
+        assert all(map(numpy.array_equal, values, found._saved[name]))
 
 
 def test_pruned(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from fractions import Fraction
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import optuna
@@ -29,7 +31,7 @@ from lightning.pytorch import LightningModule, Trainer, utilities
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 
-from hpo.loops.lightning import StudyCallback, devices, last_checkpoint
+from hpo.loops.lightning import StudyCallback, devices, last_checkpoint, resume
 
 EPOCHS = 4
 QUIET: dict[str, Any] = {
@@ -78,7 +80,7 @@ def train(trial: optuna.Trial, metric: str = "val_loss", **changes: Any) -> floa
     options = {"max_epochs": 9, "logger": False, "callbacks": callbacks, **QUIET, **changes}
     trainer = Trainer(default_root_dir=folder, **options, **devices())
     loaders = DataLoader(data, 16, shuffle=True), DataLoader(data, 96)
-    trainer.fit(model, *loaders, ckpt_path=last_checkpoint(trial))
+    trainer.fit(model, *loaders, **resume(trial))
     return callback.value
 
 
@@ -136,6 +138,22 @@ def test_sigterm_in_mid_epoch(study: optuna.Study, monkeypatch: pytest.MonkeyPat
     run_trial(study, study.ask(), objective, Drain(float("inf")))
     one, other = study.get_trials()
     assert one.value == other.value
+
+
+def test_checkpoint_with_code_in_it_is_not_read(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = study.ask()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna.Trial, "should_prune", drained)
+        with pytest.raises(Drained):
+            train(trial)
+    path = last_checkpoint(trial)
+    assert path
+    torch.save({**torch.load(path, weights_only=True), "code": Fraction(1, 2)}, path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # only where nobody says how
+    with pytest.raises(UnpicklingError, match="Fraction"):
+        train(trial)
 
 
 def test_pruned(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from hpo import checkpoint, run_script, run_worker
-from hpo.loops.lightning import StudyCallback, last_checkpoint
+from hpo.loops.lightning import StudyCallback, resume
 
-NEEDS = ("lightning", "scikit-learn")
+NEEDS = ("lightning>=2.6", "scikit-learn")
 
 
 class Net(LightningModule):
@@ -49,7 +49,7 @@ def objective(trial):
         default_root_dir=checkpoint.folder(trial),
         callbacks=[callback],
     )
-    trainer.fit(Net(config), *loaders, ckpt_path=last_checkpoint(trial))
+    trainer.fit(Net(config), *loaders, **resume(trial))
     return callback.value
 
 

@@ -11,9 +11,10 @@ with the random numbers; then the trial may be pruned, or go back to the queue b
 has to stop.  The model at the end of the training is model.keras in the trial's folder
 (hpo/checkpoint.py), and stays there for the best trials: keras.models.load_model reads it.
 
-On a CPU, with PyTorch or JAX, a trial that goes on ends with the same value to the last digit; it
-was not tried with TensorFlow.  Keras's EarlyStopping and ReduceLROnPlateau forget their counts, as
-with its BackupAndRestore.  The script needs NEEDS = ("keras",).
+On a CPU a trial that goes on ends with the same value to the last digit, with PyTorch, JAX and
+TensorFlow alike, if the script begins it with keras.utils.set_random_seed.  Keras's EarlyStopping
+and ReduceLROnPlateau forget their counts, as with its BackupAndRestore.  What Keras cannot save (a
+model of a class of one's own needs get_config) it cannot keep.  NEEDS = ("keras",).
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class StudyCallback(keras.callbacks.Callback):  # type: ignore[misc, unused-igno
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Go on with the variables that were saved; now the model and its optimiser are built."""
+        if self.epochs:
+            _build(self.model, self._progress.get("shapes"))
         self._variables.attach(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -73,7 +76,7 @@ class StudyCallback(keras.callbacks.Callback):  # type: ignore[misc, unused-igno
             self.trial.report(self.value, epoch)
         elif not self.metric.startswith("val_") or any(name.startswith("val_") for name in found):
             raise UserError(f"{self.metric}: Keras logs {', '.join(sorted(found)) or 'nothing'}")
-        self._progress["epochs"] = epoch + 1
+        self._progress.update(epochs=epoch + 1, shapes=self.model.get_build_config())
         checkpoint.save(self.trial, progress=self._progress, variables=self._variables)
         if self.trial.should_prune():
             raise optuna.TrialPruned
@@ -86,6 +89,14 @@ class StudyCallback(keras.callbacks.Callback):  # type: ignore[misc, unused-igno
             named = path.with_name(f"{path.name}.keras")  # Keras finds the format by the end
             self.model.save(named)
             os.replace(named, path)
+
+
+def _build(model: Any, shapes: Any) -> None:
+    """Make the variables of a model as it was built; TensorFlow would at the first batch."""
+    if not model.built:
+        model.build_from_config(shapes)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
 
 
 class _Variables:

@@ -5,7 +5,7 @@
         max_epochs=10, default_root_dir=checkpoint.folder(trial), callbacks=[callback],
         **devices(),
     )
-    trainer.fit(model, training, validation, ckpt_path=last_checkpoint(trial))
+    trainer.fit(model, training, validation, **resume(trial))
     return callback.value
 
 The metric is one that the module logs, and is reported at the end of each epoch with a validation.
@@ -24,7 +24,7 @@ processes go on with the random numbers of the first one.
 
 Lightning looks for Slurm's variables when it is imported, which is before the worker hides them:
 the callback tells it that this process has no rank, or only the first worker would write logs.  So
-make the callback before the Trainer.  The script needs NEEDS = ("lightning",).
+make the callback before the Trainer.  The script needs NEEDS = ("lightning>=2.6",).
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ def last_checkpoint(trial: optuna.Trial) -> str | None:
     """Return the newest checkpoint in the trial's folder; None for a trial that is new."""
     found = checkpoint.folder(trial).glob(f"epoch-*{LATE}")
     return max((str(path.with_suffix(".ckpt")) for path in found), default=None)
+
+
+def resume(trial: optuna.Trial) -> dict[str, Any]:
+    """Return the arguments of Trainer.fit with which a trial goes on; reading runs no code."""
+    return {"ckpt_path": last_checkpoint(trial), "weights_only": True}
 
 
 def devices() -> dict[str, Any]:

@@ -99,3 +99,19 @@ def test_lost_is_what_changes_alike_and_then_does_not() -> None:
     again = seen(epoch=0, best=9, start=0, clock=7, twice=1)
     resumed = seen(epoch=1, best=8.5, start=1, clock=8)
     assert lost(first, second, again, resumed) == {"best": False}
+
+
+def test_what_never_computes_the_same_is_not_called_the_same(check: Checker) -> None:
+    noisy = ("        losses.append(loss)", "        import os\n        losses.append(loss + "
+             "int.from_bytes(os.urandom(4), 'big') / 2**32)")  # fmt: skip
+    status, table, _ = check(NET, noisy)
+    assert status == 0
+    assert table["resume"].startswith("look interrupted after epoch ")
+    assert "no two trials are quite the same" in table["resume"]
+
+
+def test_one_report_at_the_end_is_nothing_to_go_on_from(check: Checker) -> None:
+    once = ('"epochs": trial.suggest_categorical("epochs", [4, 8]),', "")
+    status, table, _ = check(NET, once, ('config["epochs"]', "1"))
+    assert status == 0
+    assert table["resume"].startswith("look one report alone, at its end: ")

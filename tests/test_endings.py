@@ -282,3 +282,33 @@ def test_a_value_that_is_good_enough_ends_the_study(tmp_path: Path) -> None:
 def test_reasons() -> None:
     assert reason_of(MemoryError("8 GiB")) == "out of memory (MemoryError: 8 GiB)"
     assert reason_of(ValueError("one\ntwo")) == "ValueError: one"
+
+
+def test_an_error_whose_text_fails_costs_the_trial_alone(tmp_path: Path) -> None:
+    body = """
+class Odd(Exception):
+    def __str__(self):
+        return self.args[7]
+if trial.number == 1:
+    raise Odd("no seven")"""
+    result = work(tmp_path, body)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == [COMPLETE, FAIL, COMPLETE, COMPLETE]
+    reason = "Odd: <a Odd whose text fails: IndexError>"
+    assert trials()[1].user_attrs["fail_reason"] == reason
+
+
+def test_an_objective_that_tells_its_trial_is_told_so(tmp_path: Path) -> None:
+    body = "if trial.number == 1:\n    trial.study.tell(trial, 3.0)"
+    result = work(tmp_path, body)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == [COMPLETE, FAIL, COMPLETE, COMPLETE]
+    assert "the objective called study.tell()" in trials()[1].user_attrs["fail_reason"]
+
+
+def test_a_closed_output_changes_no_status(tmp_path: Path) -> None:
+    result = work(tmp_path, "if trial.number == 1:\n    sys.stdout.close()")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == 4 * [COMPLETE]
+    assert "the study has its 4 trials" in result.stderr
+    assert "Traceback" not in result.stderr

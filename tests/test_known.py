@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from hpo.search.remembered import plan_of
 from hpo.search.samplers import assign
 from hpo.settings import Settings, UserError, forget
 from hpo.study.opening import create_or_open_study, open_study
+from hpo.words import logger
 from storage_helpers import wait
 
 SCRIPT = Script("known_for_tests.py", vars(known_for_tests))
@@ -115,8 +115,7 @@ def test_the_first_who_begins_a_study_decides(monkeypatch: pytest.MonkeyPatch) -
 def test_a_study_that_has_begun_takes_nothing_more(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("hpo"), "propagate", True)
-    caplog.set_level(logging.INFO, "hpo")
+    monkeypatch.setattr(logger("hpo"), "propagate", True)
     study = create_or_open_study(Settings.from_env())
     study.add_trial(optuna.create_trial(state=TrialState.FAIL))
     assert begin_with(study, [{"x": 0.1}]) == []

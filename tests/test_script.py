@@ -52,6 +52,53 @@ OBJECTIVES = {
 }
 
 
+NO_OBJECTIVES = {
+    "objective = None": "None is no function",
+    "def objective(): return 1.0": "the objective takes one argument, as in def objective(trial)",
+    "def objective(trial, data): return 1.0": "here, missing a required argument: 'data'",
+    "async def objective(trial): return 1.0": "the objective is async",
+    "def objective(trial): yield 1.0": "the objective has a yield",
+    "class Goal:\n    async def __call__(self, trial): return 1.0\nobjective = Goal()": "is async",
+    "import functools\nasync def f(data, trial): return 1.0\n"
+    "objective = functools.partial(f, 1)": "is async",
+}
+
+
+@pytest.mark.parametrize("text", NO_OBJECTIVES)
+def test_what_can_be_no_objective_is_refused(text: str, own_study: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(HEAD + text + END)
+    result = run(tmp_path / "mine.py")
+    assert result.returncode == 2
+    assert NO_OBJECTIVES[text] in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not own_study.exists()
+
+
+SILENCE = {
+    "disable": "import logging\nlogging.disable(logging.CRITICAL)\n",
+    "dictConfig": "import logging.config\nlogging.config.dictConfig({'version': 1})\n",
+    "a class of its own": "import logging\nclass Silent(logging.Logger):\n"
+    "    def handle(self, record): pass\nlogging.setLoggerClass(Silent)\n",
+}
+
+
+@pytest.mark.parametrize("how", SILENCE)
+@pytest.mark.parametrize("where", ["above", "in the objective"])
+def test_a_script_that_sets_up_logging_leaves_the_worker_its_lines(
+    how: str, where: str, tmp_path: Path
+) -> None:
+    text = SILENCE[how] + HEAD + PLAIN + END
+    if where != "above":
+        inside = "def objective(trial):\n" + SILENCE[how].replace("\n", "\n    ").rstrip(" ")
+        inside = inside.replace("objective(trial):\n", "objective(trial):\n    ")
+        text = HEAD + PLAIN.replace("def objective(trial):\n", inside) + END
+    (tmp_path / "mine.py").write_text(text)
+    result = run(tmp_path / "mine.py")
+    assert result.returncode == 0
+    assert "trial 1 complete" in result.stdout
+    assert "the study has its 2 trials" in result.stdout
+
+
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_any_callable_is_an_objective(kind: str, tmp_path: Path) -> None:
     (tmp_path / "tracking.py").write_text(

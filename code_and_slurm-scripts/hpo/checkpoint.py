@@ -44,7 +44,6 @@ and files are read with `weights_only=True`: reading one cannot run code.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import sys
@@ -59,12 +58,13 @@ from hpo.drain import asked_to_stop
 from hpo.files import leftover_of, whole
 from hpo.settings import Settings, UserError
 from hpo.states import pack, put_back, put_back_random, random_states, state_of, unpack
+from hpo.words import logger
 
 if TYPE_CHECKING:
     import torch
 
 State = dict[str, Any]  # losses, states by name, random, and weights where the script names some
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 
 
 class _Clock:

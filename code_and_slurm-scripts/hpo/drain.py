@@ -15,7 +15,6 @@ Six things end a worker early, none of which loses a finished epoch:
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -29,6 +28,8 @@ from types import FrameType
 import optuna
 from optuna.trial import FrozenTrial
 
+from hpo.words import logger
+
 REPORT_SECONDS = 45.0  # of the job, for what comes after the workers: returns, successor, report
 HARD_SECONDS = 15.0  # of these, until a process that does not react is ended
 INTERRUPTED = 74  # its exit status, known to hpo/job/keep_running.sh
@@ -36,7 +37,7 @@ MARGIN_SECONDS = 5.0  # from the moment that a trial is saved until it is asked 
 AGAIN_SECONDS = 20.0  # after a signal that a trial has swallowed, until another interrupts again
 RESERVE_SECONDS = 90.0  # before the job's end; as #SBATCH --signal=B:USR1@90, the second net
 
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 
 
 class Drained(BaseException):

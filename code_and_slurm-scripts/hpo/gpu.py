@@ -11,13 +11,14 @@ Nothing here imports torch before it is needed.
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import re
 import subprocess
 import sys
 from typing import Any
 from uuid import UUID
+
+from hpo.words import logger
 
 # Exit statuses of a worker (hpo/worker.py), which hpo/job/keep_running.sh then starts again.
 # CUDA of this process fails from now on (a device assert, an Xid): only a new one helps.
@@ -27,7 +28,7 @@ NO_CUDA_GRAPHS = "NO_CUDA_GRAPHS"  # =1: training captures nothing; set by hpo/j
 FAULTS = 3  # of the GPU under one trial, after which the trial itself is to blame
 NO_GPU = ("", "-1", "NoDevFiles")  # CUDA_VISIBLE_DEVICES of those who want the CPU
 
-log = logging.getLogger("hpo.gpu")
+log = logger("hpo.gpu")
 
 
 class Unusable(BaseException):

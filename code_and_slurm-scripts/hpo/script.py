@@ -138,7 +138,11 @@ def running(objective: Callable[..., Any]) -> Script:
     """Return the script that was launched with this objective, which may be any callable.
 
     A notebook has no file: there it is PY_SCRIPT, or "notebook.py".
+
+    Raises:
+        UserError: it cannot be called with a trial, or would return no value.
     """
+    _check_callable(objective)
     own = _globals_of(objective)
     main: dict[str, Any] = vars(sys.modules["__main__"])
     if own.get("__name__") != "__main__" and any(value is objective for value in main.values()):
@@ -150,6 +154,27 @@ def running(objective: Callable[..., Any]) -> Script:
     if file and Path(file).is_file():
         return Script(os.path.relpath(os.path.abspath(file), SCRIPTS), names)
     return Script(os.environ.get("PY_SCRIPT") or NOTEBOOK, names)
+
+
+def _check_callable(objective: Any) -> None:
+    """Raise UserError for what no trial could be run with; whatever else is called and seen."""
+    if not callable(objective):
+        raise UserError(f"run_worker(objective): {one_line(repr(objective), 60)} is no function")
+    for each in (objective, getattr(objective, "__call__", None)):  # noqa: B004
+        if inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each):
+            raise UserError("the objective is async: write def objective(trial), without async")
+        if inspect.isgeneratorfunction(each):
+            raise UserError("the objective has a yield, and so returns no value: use return")
+    try:
+        signature = inspect.signature(objective)
+    except (TypeError, ValueError):  # of a callable that was not written in Python
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise UserError(
+            f"the objective takes one argument, as in def objective(trial): here, {one_line(error)}"
+        ) from error
 
 
 def _globals_of(objective: Any) -> dict[str, Any]:

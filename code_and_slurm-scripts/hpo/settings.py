@@ -230,7 +230,8 @@ def run_script(main: Callable[[], int]) -> None:
         except gpu.Unusable as unusable:
             print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
             status = unusable.status
-        sys.stdout.flush()
+        if not sys.stdout.closed:  # by the script
+            sys.stdout.flush()
     except BrokenPipeError:  # `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if status in (gpu.BROKEN, gpu.NO_CAPTURE):

@@ -7,7 +7,6 @@ No trial fails for it.  The worker tries again for some minutes, then stops with
 from __future__ import annotations
 
 import errno
-import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -16,7 +15,7 @@ from optuna.exceptions import StorageInternalError
 
 from hpo.drain import Drain
 from hpo.search.guard import SearchFailed
-from hpo.words import duration, one_line
+from hpo.words import duration, logger, one_line, text_of
 
 T = TypeVar("T")
 
@@ -33,7 +32,7 @@ ERRNO = {
 }
 WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed")
 
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 
 
 class SiteFault(Exception):
@@ -47,7 +46,7 @@ def fault_of(error: BaseException) -> str:
             return one_line(each)
         if isinstance(each, OSError) and each.errno in ERRNO:
             return one_line(each)
-        if any(words in str(each) for words in WORDS):
+        if any(words in text_of(each) for words in WORDS):
             return one_line(each)
     return ""
 

@@ -13,7 +13,6 @@ RUNNING    it is another worker's now: this one was frozen, and its lease is los
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from typing import Any, TypeAlias
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from hpo import checkpoint, gpu
 from hpo.drain import Drain, Drained
@@ -32,7 +31,7 @@ from hpo.study.optuna_private import storage_of, trial_id
 from hpo.study.serving.served import Leased
 from hpo.study.trials import to_keep
 from hpo.values import without_password
-from hpo.words import one_line
+from hpo.words import logger, one_line, text_of
 
 Objective: TypeAlias = Callable[[optuna.Trial], Any]
 # What tells a process that it is one of several; each worker trains for itself.
@@ -42,7 +41,7 @@ RANKS = (
     *("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_NODES", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
 )
 
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 
 
 @dataclass
@@ -69,6 +68,7 @@ def run_trial(
     log.info("trial %d started", trial.number)
     if not trial.params:  # one that goes on has those that it began with
         checkpoint.discard(trial.number)
+    study.tell = _told  # type: ignore[method-assign]
     outcome = _call(objective, trial, drain)
     try:
         patiently(lambda: _finish(study, trial, outcome))
@@ -144,8 +144,13 @@ def _finish(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
         trial.set_user_attr("fail_reason", outcome.reason)
     if outcome.state == TrialState.COMPLETE:
         checkpoint.keep_weights(trial.number)
-    study.tell(trial, outcome.values or None, outcome.state)
+    optuna.Study.tell(study, trial, outcome.values or None, outcome.state)
     tidy(study)
+
+
+def _told(*arguments: Any, **others: Any) -> FrozenTrial:
+    """Stand for study.tell in an objective: a trial has one end, and the worker tells it."""
+    raise UserError("the objective called study.tell(): it returns the value, and no more")
 
 
 def _give_back(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
@@ -172,7 +177,7 @@ def reason_of(error: BaseException) -> str:
     text = f"{type(error).__name__}: {without_password(one_line(error))}".removesuffix(": ")
     # torch reports a full GPU with a class of its own and a full CPU with a RuntimeError.
     exhausted = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if exhausted or "can't allocate memory" in str(error):
+    if exhausted or "can't allocate memory" in text_of(error):
         return f"out of memory ({text})"
     return text
 

@@ -1,10 +1,22 @@
-"""How a number, a time and a configuration are shown to people: everywhere alike."""
+"""How a number, a time, a configuration and a line of a log are shown to people: alike."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+# The plumbing's loggers have a manager of their own.  A script's `logging.disable`, `dictConfig` or
+# logger class reaches those of logging's, and a worker that says nothing seems to do nothing.
+_manager = logging.Manager(logging.root)
+_manager.setLoggerClass(logging.Logger)
+_manager.getLogger("hpo").setLevel(logging.INFO)
+
+
+def logger(name: str) -> logging.Logger:
+    """Return a logger of the plumbing: "hpo", or one below it, as "hpo.worker"."""
+    return _manager.getLogger(name)
 
 
 def shown(value: object) -> str:
@@ -35,9 +47,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def text_of(value: object) -> str:
+    """Return str(value); of a user's error whose text itself fails, that it does."""
+    try:
+        return str(value)
+    except Exception as error:
+        return f"<a {type(value).__name__} whose text fails: {type(error).__name__}>"
+
+
 def one_line(text: object, most: int = 500) -> str:
     """Return the first line of a text that has one; "" otherwise."""
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    lines = [line.strip() for line in text_of(text).splitlines() if line.strip()]
     return lines[0][:most] if lines else ""
 
 

@@ -63,13 +63,13 @@ from hpo.trial import (
     run_trial,
 )
 from hpo.values import SITE_FAULT, without_password
-from hpo.words import parameters, shown, values
+from hpo.words import logger, parameters, shown, values
 
 SAME_FAILURES = 3, 6  # in a row, before and after a success: then it is not the parameters
 POLL_SECONDS = 0.05, 1.0  # at first and at most, while other workers run the last trials
 STOPS = "stops_study"  # user attribute of a trial that called study.stop()
 
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 script.take_arguments()  # now, before the script looks at them
 
 
@@ -314,9 +314,10 @@ def _log_to_stdout(settings: Settings) -> None:
     """Give the worker's lines a handler of their own: a script may set up logging as it likes."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    mine = logging.getLogger("hpo")
-    mine.setLevel(logging.INFO)
+    mine = logger("hpo")
     mine.propagate = False
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Lines(f"%(asctime)s {settings.worker}: %(message)s", datefmt="%H:%M:%S"))
+    # Where the script has closed its output, the lines are in the errors.
+    handler.handleError = lambda record: print(handler.format(record), file=sys.stderr)  # type: ignore[method-assign]
     mine.handlers[:] = [handler]

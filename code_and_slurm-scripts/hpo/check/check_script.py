@@ -45,7 +45,7 @@ from hpo.search.pruners import check_search
 from hpo.search.remembered import plan_of
 from hpo.settings import Settings, use
 from hpo.trial import Objective, be_ordinary
-from hpo.words import duration, values
+from hpo.words import duration, logger, values
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell has it
 
@@ -105,7 +105,7 @@ def _be_quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     warnings.filterwarnings("ignore", message="The reported value is ignored")
-    mine = logging.getLogger("hpo")
+    mine = logger("hpo")
     mine.handlers[:] = [logging.NullHandler()]
     mine.propagate = False
 

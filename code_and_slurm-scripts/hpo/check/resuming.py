@@ -107,15 +107,27 @@ def _judged(bench: Bench, whole: Outcome, first: Outcome, rest: Outcome) -> Row:
     if gap := _difference(bench, whole, first, rest):
         return _not_the_same(bench, f"{went_on}, but to {gap}", lost, _is_rounding(whole, rest))
     same = f"{went_on}, to the same value after epoch {len(whole.reports)}"
+    if not lost and not bench.repeatable:
+        return "look", f"{went_on}, to about the same; here, no two trials are quite the same"
     if not lost:
-        few = whole.ended or len(whole.reports) > 1
-        return "ok", same if few else f"{same} (more was not tried)"
+        return _ok(whole, same)
     give = (
         f"what an interrupted trial loses: {', '.join(lost)}; give it to checkpoint.save and load"
     )
     if any(lost.values()) and not (whole.ended and _has_all_epochs(bench, whole)):
         return "MEND", f"{give} ({len(whole.reports)} epochs are the same all the same)"
     return "look", f"{same}; but {give}, if it matters"
+
+
+def _ok(whole: Outcome, same: str) -> Row:
+    """Return the verdict on a trial that has lost nothing, as far as that was tried."""
+    if whole.ended and len(whole.reports) == 1:
+        return "look", (
+            "one report alone, at its end: until then there is nothing that an interrupted trial "
+            "could go on from"
+        )
+    few = whole.ended or len(whole.reports) > 1
+    return "ok", same if few else f"{same} (more was not tried)"
 
 
 def _ends_alike(whole: Outcome, rest: Outcome) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,9 @@ import optuna
 from hpo.loops.process import Lines
 from hpo.search.objectives import chosen
 from hpo.settings import Settings, UserError
-from hpo.words import one_line
+from hpo.words import logger, one_line
 
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 
 
 class Metric:

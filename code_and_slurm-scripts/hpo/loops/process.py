@@ -12,7 +12,6 @@ with must not still be running here.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -23,12 +22,13 @@ from pathlib import Path
 from types import FrameType
 
 from hpo.settings import SCRIPTS
+from hpo.words import logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that hpo/drain.py turns into an exception
 # Waits for a line from the worker; if the worker is gone instead, ends the group.
 GUARD = 'trap "" TERM INT; read -r line || kill -s KILL -- "-$0"'
 
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 
 
 class Program:

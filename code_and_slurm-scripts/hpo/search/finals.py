@@ -5,7 +5,6 @@ What final runs are: hpo/study/trials.py.  What they do not do to the search: gi
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import optuna
@@ -17,8 +16,9 @@ from hpo.settings import Settings
 from hpo.study import trials as ranking
 from hpo.study.optuna_private import storage_of, trial_id
 from hpo.study.trials import FINAL_OF, is_final
+from hpo.words import logger
 
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 
 
 def limit(

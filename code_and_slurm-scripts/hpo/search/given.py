@@ -7,7 +7,6 @@ number and its mark, so that it is given once, whatever dies, and with no word b
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,9 +24,9 @@ from hpo.search.samplers import make_sampler, sampler_seed
 from hpo.settings import Settings
 from hpo.study.optuna_private import storage_of, study_id, without
 from hpo.study.trials import FINAL_OF, is_final
-from hpo.words import with_tuples
+from hpo.words import logger, with_tuples
 
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 
 
 class GivenFirst(BaseSampler):

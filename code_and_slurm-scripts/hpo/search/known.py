@@ -15,7 +15,6 @@ configurations are taken: its values may be of other data, and count in no budge
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,12 +31,12 @@ from hpo.study.opening import clear_errors, open_storage, open_study
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.storage import StudyStorage
 from hpo.study.trials import best_trials, without_best
-from hpo.words import one_line, parameters, with_tuples
+from hpo.words import logger, one_line, parameters, with_tuples
 
 KNOWN = "known_good"  # the function of a script, and the study's user attribute
 Params: TypeAlias = "dict[str, Any]"
 
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 
 
 def offered(settings: Settings, script: Script | None) -> bool:

@@ -10,7 +10,6 @@ finite form of SAMPLER=grid in a study that TPE has begun, are refused instead o
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +22,9 @@ from hpo.search.objectives import declared_objectives
 from hpo.search.samplers import FINITE
 from hpo.search.space import Space, combinations, explore, fits
 from hpo.settings import Settings, UserError
-from hpo.words import shown
+from hpo.words import logger, shown
 
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 
 
 @dataclass

@@ -12,7 +12,6 @@ life into the trial that is running, by which `return_stuck` knows those that no
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from contextlib import suppress
@@ -29,12 +28,13 @@ from hpo.study.engines import EngineError
 from hpo.study.optuna_private import storage_of, study_id, trial_id
 from hpo.study.serving.served import Leased
 from hpo.study.storage import StudyStorage
+from hpo.words import logger
 
 BACKUP_SECONDS = 40.0  # with the wake-ups between, a backup is never older than 60 s
 LONGEST_SLEEP = 10.0  # seconds
 ALIVE = "hpo:alive"  # system attribute of a running trial, where there are no leases: it changes
 
-log = logging.getLogger("hpo.worker")
+log = logger("hpo.worker")
 
 
 class Upkeep:

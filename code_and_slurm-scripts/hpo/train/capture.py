@@ -14,7 +14,6 @@ on in a new process, which records nothing (hpo/gpu.py), and the trial goes back
 
 from __future__ import annotations
 
-import logging
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from hpo import gpu
+from hpo.words import logger
 
 WARM_UP_STEPS = 3  # before a recording: cuDNN, cuBLAS and the optimiser allocate what they need
 
-log = logging.getLogger("hpo.train")
+log = logger("hpo.train")
 
 
 @cache

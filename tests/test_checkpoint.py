@@ -24,8 +24,9 @@ from torch.optim import lr_scheduler
 
 import objective_with_state
 from common import HELPERS, SCRIPTS, Run
-from hpo import checkpoint, drain, states
+from hpo import checkpoint, drain
 from hpo.drain import Drain, Drained, DrainingPruner
+from hpo.saving import states, trial_files
 from hpo.settings import Settings, UserError
 from hpo.study.opening import create_or_open_study
 from hpo.trial import run_trial, tidy
@@ -302,7 +303,7 @@ def test_checkpoint_of_the_old_form(trial: optuna.Trial) -> None:
         "losses": [0.5, 0.25],
     }
     drawn = torch.rand(3)
-    path = checkpoint._state_path(trial.number)
+    path = trial_files.state_path(trial.number)
     path.parent.mkdir(parents=True)
     torch.save(old, path)
     nn.init.zeros_(model.weight)

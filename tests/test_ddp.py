@@ -20,6 +20,7 @@ import optuna_t5
 from common import SCRIPTS, TINY_T5, Run
 from hpo import checkpoint, gpu
 from hpo.drain import Drained
+from hpo.saving import trial_files
 from hpo.settings import Settings, UserError, forget
 from hpo.study.opening import create_or_open_study
 from hpo.train import ddp
@@ -48,7 +49,7 @@ def test_two_processes_get_what_one_gets(
     two = ddp.together(optuna_t5.train_model, {**config, "micro_batch": 8}, trial)
     curve = study.get_trials()[0].intermediate_values
     assert children() == set()
-    weights = checkpoint._state_path(trial.number)
+    weights = trial_files.state_path(trial.number)
     assert weights.exists()
     checkpoint.keep_weights(trial.number)
     weights.unlink()
@@ -151,7 +152,7 @@ def test_worker_of_two_processes_drains_and_leaves_none_behind(
             stderr=subprocess.STDOUT,
             text=True,
         )
-        wait_for(lambda: checkpoint._state_path(0).exists())
+        wait_for(lambda: trial_files.state_path(0).exists())
         in_group = processes_of(worker.pid)
         assert len(in_group) >= 3
         (os.killpg if to_all else os.kill)(worker.pid, number)
@@ -159,7 +160,7 @@ def test_worker_of_two_processes_drains_and_leaves_none_behind(
         assert worker.returncode == (0 if to_all else -9), output
         assert study.get_trials()[0].state == state, output
         wait_for(lambda pid=worker.pid: not processes_of(pid))
-        checkpoint._state_path(0).unlink()
+        trial_files.state_path(0).unlink()
 
 
 def wait_for(condition: Any) -> None:

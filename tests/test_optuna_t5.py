@@ -19,7 +19,8 @@ from optuna.trial import TrialState
 
 import optuna_t5
 from common import TINY_T5, Run
-from hpo import checkpoint, words
+from hpo import words
+from hpo.saving import trial_files
 from hpo.settings import SCRIPTS, Settings, UserError
 from hpo.study.opening import create_or_open_study
 from hpo.train import pairs, seq2seq
@@ -155,7 +156,7 @@ def test_resumed_trial_equals_the_uninterrupted_one(
     trial, other = study.ask(), study.ask()
     whole = optuna_t5.train_model(config, trial)
     curve = study.get_trials()[0].intermediate_values
-    checkpoint._state_path(trial.number).unlink()
+    trial_files.state_path(trial.number).unlink()
 
     class Died(BaseException):
         """Stands for the end of the process right after the second epoch's checkpoint."""

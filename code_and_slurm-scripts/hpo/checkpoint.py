@@ -15,8 +15,8 @@ Whatever else changes from epoch to epoch is given by a name of your choice, to 
 `load` fills these objects in place.  They may be anything with state_dict() and load_state_dict()
 (schedulers, GradScaler, an averaged model, a second optimiser), generators of random numbers
 (torch.Generator, numpy.random.Generator, random.Random), and dicts of plain values, which is where
-a number goes that changes: progress["best"].  All that can be kept: hpo/states.py.  Random numbers
-that are drawn from torch (CPU and GPUs), NumPy or random themselves need no name.
+a number goes that changes: progress["best"].  All that can be kept: hpo/saving/states.py.  Random
+numbers that are drawn from torch (CPU and GPUs), NumPy or random themselves need no name.
 
     weights=ema.state_dict()    the weights that are kept of a good trial; by default the model's
     every=600                   seconds between two savings, where one takes long.  A worker that is
@@ -43,28 +43,35 @@ and files are read with `weights_only=True`: reading one cannot run code.
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 
 from hpo.drain import asked_to_stop
-from hpo.files import leftover_of, whole
+from hpo.saving import trial_files
+from hpo.saving.states import put_back, put_back_random, random_states, state_of
+from hpo.saving.trial_files import State, folder_path, tidy, weights_path
 from hpo.settings import Settings, UserError
-from hpo.states import pack, put_back, put_back_random, random_states, state_of, unpack
-from hpo.words import logger
 
 if TYPE_CHECKING:
     import torch
 
-State = dict[str, Any]  # losses, states by name, random, and weights where the script names some
-log = logger("hpo.worker")
+__all__ = [  # some of hpo/saving/trial_files.py, too: nobody else need know it
+    "discard",
+    "folder",
+    "folder_path",
+    "keep_weights",
+    "load",
+    "processes",
+    "release",
+    "save",
+    "tidy",
+    "weights_path",
+]
 
 
 class _Clock:
@@ -96,10 +103,10 @@ def load(
     if not trial:
         return []
     _saved(trial.number, None)
-    path = _state_file(trial.number)
+    path = trial_files.state_file(trial.number)
     if not path:
         return []
-    state = _read(path)
+    state = trial_files.read_state(path)
     things = _named(model, optimizer, others)
     _compare(trial.number, set(things), set(state["states"]))
     for name, thing in things.items():
@@ -152,7 +159,7 @@ def save(
     if recent and number == 1 and not asked_to_stop():
         _Clock.unsaved = content
         return
-    _write(content(), trial.number)
+    trial_files.write_state(content(), trial.number)
     _saved(trial.number, None)
 
 
@@ -171,9 +178,7 @@ def folder(trial: optuna.Trial) -> Path:
 
 def discard(number: int) -> None:
     """Remove what a trial of a study that is no longer there has left: this one is new."""
-    for path in _state_paths(number):
-        path.unlink(missing_ok=True)
-    _remove_folder(folder_path(Settings.from_env(), number))
+    trial_files.remove_all(number)
 
 
 def keep_weights(number: int) -> None:
@@ -184,47 +189,18 @@ def keep_weights(number: int) -> None:
     """
     if _Clock.unsaved and _Clock.number == number:
         state = _Clock.unsaved()
-    elif (path := _state_file(number)) and path.suffix == ".pt":
-        state = _read(path)
+    elif (path := trial_files.state_file(number)) and path.suffix == ".pt":
+        state = trial_files.read_state(path)
     else:
         return
     weights = state.get("weights") or state["states"].get("model")
     if weights is not None and "torch" in sys.modules:
-        _write_tensors(weights, weights_path(Settings.from_env(), number))
+        trial_files.write_tensors(weights, weights_path(Settings.from_env(), number))
 
 
 def release() -> None:
     """Let go of the objects of the trial that has ended, and of the GPU memory that they hold."""
     _saved(-1, None)
-
-
-def tidy(finished: Container[int], keep: Container[int]) -> None:
-    """Remove what finished trials (their numbers) have left, but for the weights of those to keep.
-
-    Another worker may be about to finish a better trial: files of unfinished trials stay.  The
-    half-written files of a worker that was killed go with the others of its trial.
-    """
-    for path in Settings.from_env().checkpoints.glob("*trial-*"):
-        name = leftover_of(path.name)
-        match = re.fullmatch(r"trial-(\d+)(?:\.(state|weights)\.(?:pt|json))?", name)
-        if not match or int(match[1]) not in finished:
-            continue
-        if name == path.name and match[2] != "state" and int(match[1]) in keep:
-            continue
-        if match[2]:
-            path.unlink(missing_ok=True)
-        else:
-            _remove_folder(path)
-
-
-def weights_path(settings: Settings, number: int) -> Path:
-    """Return where the weights of trial `number` are, or would be."""
-    return settings.checkpoints / f"trial-{number:05d}.weights.pt"
-
-
-def folder_path(settings: Settings, number: int) -> Path:
-    """Return where the own folder of trial `number` is, or would be."""
-    return settings.checkpoints / f"trial-{number:05d}"
 
 
 # ---------- Names ----------
@@ -257,69 +233,3 @@ def processes() -> tuple[int, int]:
 
 def _saved(number: int, unsaved: Callable[[], State] | None) -> None:
     _Clock.number, _Clock.seconds, _Clock.unsaved = number, time.monotonic(), unsaved
-
-
-# ---------- Files ----------
-
-
-def _state_path(number: int) -> Path:
-    return Settings.from_env().checkpoints / f"trial-{number:05d}.state.pt"
-
-
-def _state_paths(number: int) -> tuple[Path, Path]:
-    path = _state_path(number)
-    return path, path.with_suffix(".json")
-
-
-def _state_file(number: int) -> Path | None:
-    """Return the newer one of the two that are there, if any: a script may begin to use torch."""
-    there = [path for path in _state_paths(number) if path.exists()]
-    return max(there, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def _read(path: Path) -> State:
-    if path.suffix == ".json":
-        state: State = unpack(json.loads(path.read_text()))
-        return state
-    import torch
-
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if "states" in state:
-        return {name: unpack(value) for name, value in state.items()}
-    # As it was written before there were states with names.
-    random = {"torch": state["cpu_rng"]}
-    if "cuda_rng" in state:
-        random.update(cuda=[state["cuda_rng"]], device=0)
-    states = {name: state[name] for name in ("model", "optimizer")}
-    return {"losses": state["losses"], "states": states, "random": random}
-
-
-def _write(state: State, number: int) -> None:
-    tensors, plain = _state_paths(number)
-    if "torch" in sys.modules:
-        _write_tensors({name: pack(value, name) for name, value in state.items()}, tensors)
-        plain.unlink(missing_ok=True)
-        return
-    if "weights" in state:
-        raise UserError(
-            "checkpoint.save: weights=… is for tensors; without torch, save the model in "
-            "checkpoint.folder(trial)"
-        )
-    with whole(plain) as temporary:
-        temporary.write_text(json.dumps(pack(state, with_tensors=False)))
-    tensors.unlink(missing_ok=True)
-
-
-def _write_tensors(content: Mapping[str, Any], path: Path) -> None:
-    import torch
-
-    with whole(path) as temporary:
-        torch.save(content, temporary)
-
-
-def _remove_folder(path: Path) -> None:
-    """Remove a trial's folder; what cannot be removed is no reason to lose a trial."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)  # another worker may be removing it, too
-        if path.exists():
-            log.warning("%s cannot be removed: not wanted any more, remove it by hand", path)

@@ -38,8 +38,8 @@ from transformers import TrainerCallback
 
 from hpo import checkpoint
 from hpo.files import whole
+from hpo.saving.states import pack, put_back, put_back_random, random_states, state_of, unpack
 from hpo.settings import UserError
-from hpo.states import pack, put_back, put_back_random, random_states, state_of, unpack
 
 STATE = "study.pt"  # in a checkpoint's folder: written last, so that the folder is whole with it
 CHANGES = ("optimizer", "lr_scheduler")  # what the Trainer shows of itself to a callback

@@ -28,8 +28,8 @@ import optuna
 
 from hpo import checkpoint
 from hpo.files import whole
+from hpo.saving.states import put_back_random, random_states
 from hpo.settings import UserError
-from hpo.states import put_back_random, random_states
 
 
 class StudyCallback(keras.callbacks.Callback):  # type: ignore[misc, unused-ignore]

@@ -42,8 +42,8 @@ from torch import distributed
 
 from hpo import checkpoint
 from hpo.files import whole
+from hpo.saving.states import pack, put_back, put_back_random, random_states, state_of, unpack
 from hpo.settings import UserError
-from hpo.states import pack, put_back, put_back_random, random_states, state_of, unpack
 
 LATE = (
     ".late"  # the second part of a checkpoint: what changes between its saving and the next epoch

@@ -37,6 +37,10 @@ Everything lies in checkpoints/study.db/STUDY_NAME/ beside study.db:
     trial-00012.weights.pt    the weights of one of the KEEP_BEST best trials so far (of several
                               objectives: of the Pareto front), and nothing else
 
+On a GPU of its own, a trial goes on while its state is being written, if the writing before took
+more than half a second: what is written is a copy in the CPU's memory, of 4 GB at most.  The next
+call, and the end of the trial, wait for it, and raise what has gone wrong.
+
 Each file is written whole or not at all (hpo/files.py).  Only tensors and plain values are stored,
 and files are read with `weights_only=True`: reading one cannot run code.
 """
@@ -52,10 +56,11 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from hpo.drain import asked_to_stop
-from hpo.saving import trial_files
+from hpo.saving import background, trial_files
 from hpo.saving.states import put_back, put_back_random, random_states, state_of
 from hpo.saving.trial_files import State, folder_path, tidy, weights_path
 from hpo.settings import Settings, UserError
+from hpo.words import logger
 
 if TYPE_CHECKING:
     import torch
@@ -65,13 +70,16 @@ __all__ = [  # some of hpo/saving/trial_files.py, too: nobody else need know it
     "folder",
     "folder_path",
     "keep_weights",
+    "let_end",
     "load",
     "processes",
     "release",
     "save",
     "tidy",
+    "wait",
     "weights_path",
 ]
+log = logger("hpo.worker")
 
 
 class _Clock:
@@ -142,6 +150,7 @@ def save(
 
     Raises:
         UserError: one of these cannot be kept.
+        OSError: this state, or the one before, cannot be written; an older one is there still.
     """
     if not trial:
         return
@@ -159,7 +168,9 @@ def save(
     if recent and number == 1 and not asked_to_stop():
         _Clock.unsaved = content
         return
-    trial_files.write_state(content(), trial.number)
+    # The worker ends the processes of a trial on several GPUs without asking what they write.
+    aside = number == 1 and background.worth_it()
+    trial_files.write_state(content(), trial.number, aside)
     _saved(trial.number, None)
 
 
@@ -179,6 +190,19 @@ def folder(trial: optuna.Trial) -> Path:
 def discard(number: int) -> None:
     """Remove what a trial of a study that is no longer there has left: this one is new."""
     trial_files.remove_all(number)
+
+
+def wait() -> None:
+    """Wait until the last state of the trial is written.  Raises what the writing has raised."""
+    background.wait()
+
+
+def let_end() -> None:
+    """The same for a trial that ends otherwise than well: why it does is known already."""
+    try:
+        background.wait()
+    except Exception as error:
+        log.warning("the last checkpoint was not written, an older one stays: %s", error)
 
 
 def keep_weights(number: int) -> None:

@@ -70,6 +70,7 @@ def run_trial(
         checkpoint.discard(trial.number)
     study.tell = _told  # type: ignore[method-assign]
     outcome = _call(objective, trial, drain)
+    checkpoint.let_end()
     try:
         patiently(lambda: _finish(study, trial, outcome))
     except UpdateFinishedTrialError:  # this worker was frozen, and another one has taken over
@@ -85,6 +86,7 @@ def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
     try:
         with drain.interruptible():
             value = objective(trial)
+        checkpoint.wait()
         return judge(value, len(trial.study.directions))
     except optuna.TrialPruned:
         return Outcome(TrialState.PRUNED)

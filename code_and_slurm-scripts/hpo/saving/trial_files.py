@@ -5,15 +5,17 @@ What each of them is, hpo/checkpoint.py says.  Each is written whole or not at a
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
 from hpo.files import leftover_of, whole
+from hpo.saving import background
 from hpo.saving.states import pack, unpack
 from hpo.settings import Settings, UserError
 from hpo.words import logger
@@ -46,7 +48,11 @@ def _state_paths(number: int) -> tuple[Path, Path]:
 
 
 def state_file(number: int) -> Path | None:
-    """Return the newer one of the two that are there, if any: a script may begin to use torch."""
+    """Return the newer one of the two that are there, if any: a script may begin to use torch.
+
+    What is being written counts: raises what background.wait() does.
+    """
+    background.wait()
     there = [path for path in _state_paths(number) if path.exists()]
     return max(there, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -72,16 +78,23 @@ def read_state(path: Path) -> State:
     return {"losses": state["losses"], "states": states, "random": random}
 
 
-def write_state(state: State, number: int) -> None:
+def write_state(state: State, number: int, aside: bool = False) -> None:
     """Write the state of trial `number`; JSON where its script does not use torch.
+
+    With `aside` it is copied to the memory of the CPU, and written while the trial goes on.
 
     Raises:
         UserError: part of it cannot be kept.
-        OSError: it cannot be written; the state before is still there.
+        OSError: it, or the one before, cannot be written; what was there is there still.
     """
+    background.wait()  # also before there is a second copy
     tensors, plain = _state_paths(number)
     if "torch" in sys.modules:
-        write_tensors({name: pack(value, name) for name, value in state.items()}, tensors)
+        packed = {name: pack(value, name) for name, value in state.items()}
+        if aside:
+            background.begin(_writer_of_copy(packed, tensors, plain))
+            return
+        background.timed(lambda: write_tensors(packed, tensors))
         plain.unlink(missing_ok=True)
         return
     if "weights" in state:
@@ -94,12 +107,36 @@ def write_state(state: State, number: int) -> None:
     tensors.unlink(missing_ok=True)
 
 
-def write_tensors(content: Mapping[str, Any], path: Path) -> None:
-    """Write tensors and plain data, for torch.load with weights_only=True. Raises OSError."""
+def _writer_of_copy(content: Mapping[str, Any], path: Path, other: Path) -> Callable[[], int]:
+    """Return what writes `content` as it is now to `path`, and removes `other`.
+
+    The copy is the bytes of the file: what is left for the thread is done without Python's lock.
+    """
+    import torch
+
+    copy = io.BytesIO()
+    torch.save(content, copy)
+
+    def write() -> int:
+        with whole(path) as temporary, copy.getbuffer() as data:
+            size = temporary.write_bytes(data)
+        copy.close()
+        other.unlink(missing_ok=True)
+        return size
+
+    return write
+
+
+def write_tensors(content: Mapping[str, Any], path: Path) -> int:
+    """Write tensors and plain data, for torch.load with weights_only=True; return its bytes.
+
+    Raises OSError.
+    """
     import torch
 
     with whole(path) as temporary:
         torch.save(content, temporary)
+        return temporary.stat().st_size
 
 
 # ---------- Removed ----------

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -22,10 +23,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from common import HELPERS, SCRIPTS, Run
 from hpo import settings as settings_module
+from hpo import site
+from hpo.drain import Drain
 from hpo.settings import Settings, UserError
 from hpo.show import facts
+from hpo.site import Patience, wait_inside
 from hpo.study import copying
-from hpo.study.engines import EngineError, postgresql
+from hpo.study.engines import EngineError, postgresql, unanswered
 from hpo.study.engines.postgresql import PostgreSQL
 from hpo.study.held import LeaseLost, NoTrialLeft
 from hpo.study.opening import create_or_open_study, open_study
@@ -157,6 +161,48 @@ def test_a_server_that_is_away(path: Path, server: PostgreSQLServer) -> None:
     trial.report(1.0, 0)  # the same call once more
     server.stop("fast")
     server.start()
+    study.tell(trial, 2.0)
+    (frozen,) = study.get_trials()
+    assert (frozen.intermediate_values, frozen.value) == ({0: 1.0}, 2.0)
+
+
+def test_a_report_waits_for_its_server(
+    path: Path, server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a trial: no epoch is lost, and the wait is no long epoch."""
+    study = open_path(path, timeout=0.4)
+    drain = Drain(float("inf"))
+    suggest(trial := study.ask())
+    wait_inside(trial, Patience(60.0, drain))
+    server.stop()
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: server.start())
+    monkeypatch.setattr(site, "time", clock)
+    drain._last = begin = time.monotonic()
+    trial.report(1.0, 0)
+    waited = time.monotonic() - begin
+    drain.epoch_ended()
+    assert drain._longest_epoch < waited
+    assert study.get_trials()[0].intermediate_values == {0: 1.0}
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_server_that_stands_still(
+    path: Path, server: PostgreSQLServer, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections stay, and no word comes: the wait ends, and the trial goes on."""
+    monkeypatch.setattr(postgresql, "DRIVERS", (driver,))
+    monkeypatch.setattr(unanswered, "LOOK", 0.1)
+    study = open_path(path, timeout=0.4)
+    suggest(trial := study.ask())
+    server.signal(signal.SIGSTOP)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(unanswered, "LONGEST", 1.0)
+            with pytest.raises(EngineError, match="has been away"):
+                trial.report(1.0, 0)
+    finally:
+        server.signal(signal.SIGCONT)
+    trial.report(1.0, 0)
     study.tell(trial, 2.0)
     (frozen,) = study.get_trials()
     assert (frozen.intermediate_values, frozen.value) == ({0: 1.0}, 2.0)

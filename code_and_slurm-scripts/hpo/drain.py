@@ -95,6 +95,10 @@ class Drain:
         self._longest_epoch = max(self._longest_epoch, now - self._last)
         self._last = now
 
+    def leave_out(self, seconds: float) -> None:
+        """Note that so much of the running epoch was a wait for the site."""
+        self._last += seconds
+
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Let SIGTERM and SIGINT raise `Drained` in this block; elsewhere they only ask."""

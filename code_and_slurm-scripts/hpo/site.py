@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
+import optuna
 from optuna.exceptions import StorageInternalError
 
 from hpo.drain import Drain
@@ -92,8 +94,29 @@ class Patience:
         time.sleep(self._pause)
         self._pause = min(2 * self._pause, LONGEST_PAUSE, self._seconds / 4)
 
+    def call_inside(self, method: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Return what a method of the running trial does, as `call`; but for the database alone."""
+        begin, waited = time.monotonic(), False
+        while True:
+            try:
+                result = method(*args, **kwargs)
+            except StorageInternalError as error:
+                self.wait(one_line(error))
+                waited = True
+                continue
+            if waited:
+                self.restore()
+                self._drain.leave_out(time.monotonic() - begin)
+            return result
+
     def restore(self) -> None:
         """Note that all is well."""
         if self._begin is not None:
             log.info("it works again, after %s", duration(time.monotonic() - self._begin))
         self._begin = None
+
+
+def wait_inside(trial: optuna.Trial, patience: Patience) -> None:
+    """Let a trial's reports wait for a database that is away: no epoch is lost, nor run twice."""
+    for name in ("report", "should_prune", "set_user_attr"):
+        setattr(trial, name, partial(patience.call_inside, getattr(trial, name)))

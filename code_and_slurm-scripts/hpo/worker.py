@@ -46,7 +46,7 @@ from hpo.search.objectives import check_objectives
 from hpo.search.pruners import check_search
 from hpo.search.remembered import Plan, adopt_space, plan_of
 from hpo.settings import Settings, UserError, use
-from hpo.site import Patience, SiteFault
+from hpo.site import Patience, SiteFault, wait_inside
 from hpo.study.engines.postgresql import ServerAway
 from hpo.study.engines.sqlite_errors import DiskFull, StudyBusy
 from hpo.study.opening import create_or_open_study, stuck
@@ -210,6 +210,7 @@ class _Loop:
             self.study.stop = partial(trial.set_user_attr, STOPS, True)  # type: ignore[method-assign]
             if len(self.study.directions) > 1:
                 let_several_objectives_report(trial)
+            wait_inside(trial, self.patience)
             return trial, True
 
     def limit(self, trials: Sequence[FrozenTrial]) -> int:

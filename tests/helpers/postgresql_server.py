@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ class PostgreSQLServer:
     def stop(self, mode: str = "immediate") -> None:
         """Stop it as a crash would, or "fast"."""
         self._control("-m", mode, "stop")
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all of its processes: SIGSTOP, then SIGCONT."""
+        first = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+        os.kill(first, number)  # it starts no others then
+        for pid in Path(f"/proc/{first}/task/{first}/children").read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), number)
 
     def url(self, name: str, user: str = USER) -> str:
         """Return the URL of a database."""

@@ -3,6 +3,7 @@
     sqlite_file   one file: a lock for all writers, a version that tells whether anybody wrote,
                   copies, damage
     postgresql    a server: row locks, connections that are lost and made anew
+    unanswered    of a server that stands still: its connections are given up
     kept          of both: a backup is not replaced by a study that has lost trials
 
 What the storage says to them is the same SQL, with ? for each value.  Where SQLite's one lock for

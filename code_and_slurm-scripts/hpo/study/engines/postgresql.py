@@ -26,6 +26,7 @@ from optuna.storages import RDBStorage
 
 from hpo import packages
 from hpo.study.engines import LOCK, SCHEMA, EngineError, Transaction, Version
+from hpo.study.engines.unanswered import answered
 from hpo.values import UserError, password_of, without_password
 from hpo.words import one_line
 
@@ -95,9 +96,8 @@ def to_driver(sql: str) -> str:
 def is_away(error: BaseException) -> bool:
     """Return whether a server has not answered, or is starting or stopping (by the text)."""
     text = str(error)
-    # No server of that name: mistyped.
-    answered = any(word in text for word in ("FATAL:", "ERROR:", "Name or service not known"))
-    return not answered or any(word in text for word in ("starting up", "shut", "terminating"))
+    final = any(word in text for word in ("FATAL:", "ERROR:", "Name or service not known"))
+    return not final or any(word in text for word in ("starting up", "shut", "terminating"))
 
 
 class _Cursor:
@@ -105,7 +105,8 @@ class _Cursor:
 
     def __init__(self, connection: Any, sql: str, args: Sequence[Any]) -> None:
         self._connection, self._cursor = connection, connection.cursor()
-        self._cursor.execute(to_driver(sql), tuple(args) or None)
+        with answered(connection.fileno()):
+            self._cursor.execute(to_driver(sql), tuple(args) or None)
 
     @property
     def rowcount(self) -> int:
@@ -226,7 +227,7 @@ class PostgreSQL:
     def _connect(self) -> Any:
         connection = self._new_connection()
         connection.autocommit = True
-        connection.cursor().execute(SESSION.format(timeout=max(1.0, self.timeout)))
+        _Cursor(connection, SESSION.format(timeout=max(1.0, self.timeout)), ())
         return connection
 
     def connection(self) -> Any:

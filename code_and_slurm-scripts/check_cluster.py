@@ -184,7 +184,9 @@ def counter(meeting: Meeting, facts: dict[int, Facts]) -> Row:
     """Whether a number that all tasks increment at once in an SQLite file ends exact."""
     path, error, times = meeting.folder / "counter.db", "", 0
     if meeting.rank == 0:
-        with sqlite3.connect(path) as db:
+        # Closed before anybody counts: on GlusterFS without caches a task that kept the connection
+        # that had made the file open did not see what the others wrote, nor they what it wrote.
+        with closing(sqlite3.connect(path)) as db, db:
             db.execute("CREATE TABLE counter (value INTEGER)")
             db.execute("INSERT INTO counter VALUES (0)")
         (meeting.folder / "counter.ready").touch()
@@ -237,7 +239,8 @@ def increment(path: Path) -> int:
 def read_counter(path: Path) -> int | str:
     """Return the counter, or what SQLite says of a file that broken locks have destroyed."""
     try:
-        return int(sqlite3.connect(path).execute("SELECT value FROM counter").fetchone()[0])
+        with closing(sqlite3.connect(path)) as db:
+            return int(db.execute("SELECT value FROM counter").fetchone()[0])
     except sqlite3.Error as error:
         return str(error)
 

@@ -134,6 +134,24 @@ def test_counter_that_loses_increments_is_found(tmp_path: Path) -> None:
         assert row.found == "0 of 25 increments by 1 tasks arrived; the nodes' file caches differ"
 
 
+def test_counter_is_closed_by_who_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is counted: see the comment there."""
+    opened: list[str] = []
+
+    def look(path: Path) -> int:
+        links = (os.path.realpath(link) for link in Path("/proc/self/fd").iterdir())
+        opened.extend(link for link in links if "counter.db" in link)
+        return count(path)
+
+    count = check_cluster.increment
+    monkeypatch.setattr(check_cluster, "increment", look)
+    meeting = Meeting(tmp_path / "meeting", 0, 1)
+    assert check_cluster.counter(meeting, {0: facts()}).found.startswith("25 of 25 increments")
+    assert opened == []
+
+
 def test_slow_is_not_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer increments, a task that has not finished, and one that comes too late."""
     monkeypatch.setattr(check_cluster, "COUNT_SECONDS", 0.0)

@@ -13,7 +13,8 @@ set -euo pipefail
 
 CACHE=${CLUSTER_CACHE:-/var/cache/optuna-turpan-cluster}
 SUITE=trixie # the first Debian whose glibc is new enough for Apptainer's package
-NODE_PACKAGES=(slurm-wlm munge squashfuse fuse3 fuse2fs gocryptfs bindfs iproute2 procps tini)
+NODE_PACKAGES=(slurm-wlm munge squashfuse fuse3 fuse2fs gocryptfs bindfs iproute2 procps tini
+    glusterfs-server glusterfs-client)
 # Without OpenBLAS torch multiplies matrices with the reference BLAS, at a tenth of the speed. setuptools and wheel are
 # in the site's image: with them pip installs a package that has no wheel, as one that num2words needs.
 IMAGE_PACKAGES=(libopenblas0-pthread python3-torch python3-torchvision python3-pip python3-setuptools python3-wheel

@@ -8,6 +8,9 @@
 #   bash cluster.sh crash n2                 n2 dies at once: no process, no network
 #   bash cluster.sh restart n2               … and comes back
 #   bash cluster.sh broken-locks on|off      POSIX locks hold on one host only, as on Lustre mounted with localflock
+#   bash cluster.sh file-system bind|gluster|gluster-stale
+#                                            what lies under /work/groupe and /tmpdir: the machine's folder, or a
+#                                            GlusterFS volume that each host mounts, without caches or with stale ones
 #   bash cluster.sh down                     ends it; the cache stays, and nothing else
 #
 # The hosts are `login` (also called controller: slurmctld), n1 … n6 (two GPUs each, on paper) and m1 (MIG). Each has
@@ -27,6 +30,9 @@ export CLUSTER_STATE=${CLUSTER_STATE:-/var/lib/optuna-turpan-cluster}
 HOSTS=(controller n{1..6} m1)
 ORDINARY_USER=chercheur
 IMAGE=conteneurs/sessions-interactives/pytorch-24.02-py3-calmip-si.sif # below /work
+
+# shellcheck source=tests/cluster/storage.sh
+source "$HERE/storage.sh"
 
 die() {
     echo "cluster.sh: $*" >&2
@@ -118,7 +124,7 @@ start_time() {
 
 any_alive() {
     local host
-    for host in switch "${HOSTS[@]}"; do
+    for host in switch storage "${HOSTS[@]}"; do
         ! pid_of "$host" >/dev/null || return 0
     done
     return 1
@@ -221,7 +227,7 @@ up() {
 
 down() {
     local host
-    for host in "${HOSTS[@]}" switch; do stop_host "$host"; done
+    for host in "${HOSTS[@]}" storage switch; do stop_host "$host"; done
     rm -rf "$CLUSTER_STATE"
 }
 
@@ -242,6 +248,7 @@ broken_locks() {
     [[ $how == on || $how == off ]] || die "broken-locks on or off?"
     [[ ! -e $flag ]] || was=on
     [[ $how != "$was" ]] || return 0
+    [[ $(file_system_now) == bind ]] || die "the file system is $(file_system_now)."
     if [[ $how == on ]]; then touch "$flag"; else rm "$flag"; fi
     for host in "${HOSTS[@]}"; do
         is_plugged "$host" || continue
@@ -312,6 +319,7 @@ run_on() { # run_on HOST [--user USER] [--cd FOLDER] [--online] -- COMMAND…
 case ${1:-} in
     up | down | crash | restart) "$@" ;;
     broken-locks) broken_locks "${@:2}" ;;
+    file-system) file_system "${@:2}" ;;
     exec) run_on "${@:2}" ;;
-    *) die "usage: cluster.sh up|down|exec|crash|restart|broken-locks (see the head of this file)" ;;
+    *) die "usage: cluster.sh up|down|exec|crash|restart|broken-locks|file-system (see the head of this file)" ;;
 esac

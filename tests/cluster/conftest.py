@@ -2,6 +2,7 @@
 
     pytest tests/cluster               as root; the first time builds the cluster (about 3 minutes)
     CLUSTER_KEEP=1 pytest …            leaves it running; then: bash tests/cluster/cluster.sh exec …
+    FILE_SYSTEM=gluster pytest …       on GlusterFS; gluster-stale: with its default caches
 
 Where no cluster can run (not root, a kernel without overlay or fuse) the tests are skipped with
 the reason; with CI set they fail, so that a green run there means that they ran.
@@ -17,6 +18,8 @@ import pytest
 
 from cluster.rehearsal import CANNOT_RUN_HERE, STATE, Cluster, Scenario
 
+DAEMONS = {"slurmd", "slurmctld", "munged", "bindfs", "glusterd", "glusterfsd", "glusterfs"}
+
 
 def traces() -> list[str]:
     """Return what a cluster would leave on the machine: mounts, network devices, processes."""
@@ -28,7 +31,7 @@ def traces() -> list[str]:
             processes.append(path.read_text().strip())
         except OSError:  # it has just ended
             continue
-    daemons = [name for name in processes if name in {"slurmd", "slurmctld", "munged", "bindfs"}]
+    daemons = [name for name in processes if name in DAEMONS]
     return sorted(mounts + devices + daemons)
 
 
@@ -44,6 +47,7 @@ def cluster() -> Iterator[Cluster]:
     if started.returncode == CANNOT_RUN_HERE and "CI" not in os.environ:
         pytest.skip(started.stderr.strip())
     assert started.returncode == 0, started.stdout + started.stderr
+    cluster.script("file-system", os.environ.get("FILE_SYSTEM", "bind"), timeout=300)
     yield cluster
     if "CLUSTER_KEEP" not in os.environ:
         cluster.script("down")

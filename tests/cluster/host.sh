@@ -72,6 +72,8 @@ configure() {
     mkdir -p "$ROOT"/etc/slurm "$ROOT"/var/log/slurm "$ROOT"/var/spool/{slurmctld,slurmd}
     cp "$HERE"/etc/{slurm,gres,cgroup}.conf "$HERE/etc/task_prolog.sh" "$ROOT/etc/slurm/"
     cp "$HERE/etc/hosts" "$ROOT/etc/hosts"
+    cp "$HERE/mount_shared.sh" "$ROOT/usr/local/sbin/mount-shared"
+    cp "$STATE/file-system" "$ROOT/run/file-system" 2>/dev/null || echo bind >"$ROOT/run/file-system"
     chown munge:munge "$ROOT/run/munge" "$ROOT"/etc/munge/munge.key 2>/dev/null ||
         chroot "$ROOT" chown munge:munge /run/munge
 }
@@ -89,6 +91,11 @@ join_network() { # cluster.sh plugs the cable in
 }
 
 start_daemons() {
+    if [[ $NAME == storage ]]; then # cluster.sh starts its server, and waits for its answer
+        touch /run/ready
+        return
+    fi
+    bash /usr/local/sbin/mount-shared "$(</run/file-system)"
     runuser -u munge -- /usr/sbin/munged
     if [[ $NAME == controller ]]; then
         slurmctld

@@ -35,7 +35,20 @@ class Cluster:
     user = "chercheur"
     home = "/users/groupe/chercheur"
     work = "/work/groupe/chercheur"
-    shared = STATE / "shared"  # /work, /tmpdir and /users, seen from the machine
+
+    @property
+    def file_system(self) -> str:
+        """What lies under /work/groupe and /tmpdir: bind, gluster or gluster-stale."""
+        file = STATE / "file-system"
+        return file.read_text().strip() if file.exists() else "bind"
+
+    @property
+    def shared(self) -> Path:
+        """Where the machine sees /work, /tmpdir and /users: as the login node does."""
+        if self.file_system == "bind":
+            return STATE / "shared"
+        pid = (STATE / "controller" / "pid").read_text().split()[0]
+        return Path("/proc", pid, "root")
 
     def script(
         self, *arguments: str, check: bool = True, stdin: str = "", timeout: float = 120
@@ -107,6 +120,16 @@ class Cluster:
         """Return the text of a file below /work, /tmpdir or /users; "" if there is none."""
         file = self.shared / path.lstrip("/")
         return file.read_text() if file.exists() else ""
+
+    @contextmanager
+    def on(self, file_system: str) -> Iterator[None]:
+        """The hosts share a file system of another kind, within this context."""
+        was = self.file_system
+        self.script("file-system", file_system, timeout=300)
+        try:
+            yield
+        finally:
+            self.script("file-system", was, timeout=300)
 
     @contextmanager
     def broken_locks(self) -> Iterator[None]:

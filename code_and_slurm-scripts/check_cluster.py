@@ -49,9 +49,9 @@ def main() -> int:
     """Run all checks; return the exit status."""
     settings = Settings.from_env()
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    beside = settings.beside
-    meeting = Meeting(beside / f".check_cluster-{settings.job_id or 'local'}", settings.rank, tasks)
-    meeting.say("facts", own_facts(settings, beside))
+    attempt = int(os.environ.get("PREFLIGHT", "1"))  # job.sh
+    meeting = Meeting(place(settings, attempt), settings.rank, tasks)
+    meeting.say("facts", own_facts(settings))
     facts = meeting.hear("facts", ARRIVAL)
     if stray := meeting.strays(facts):
         print(f"check_cluster.py: {stray}", file=sys.stderr)
@@ -66,6 +66,8 @@ def main() -> int:
     meeting.leave()
     if settings.rank:
         return 0
+    for earlier in range(1, attempt):  # a disk, or a file server, has ended it
+        shutil.rmtree(place(settings, earlier), ignore_errors=True)
     rows += [
         gpus(facts, settings.gpus_per_trial),
         versions(facts),
@@ -79,12 +81,18 @@ def main() -> int:
     return 0 if not bad else 3 if serve else 1
 
 
-def own_facts(settings: Settings, beside: Path) -> Facts:
+def place(settings: Settings, attempt: int) -> Path:
+    """Return the folder in which the tasks meet: another one for each attempt of the job."""
+    name = f".check_cluster-{settings.job_id or 'local'}"
+    return settings.beside / (name if attempt == 1 else f"{name}-{attempt}")
+
+
+def own_facts(settings: Settings) -> Facts:
     """Return what this task sees: its host, folder, GPU, packages, data and disk."""
     facts: Facts = {"host": os.uname().nodename, "folder": (SCRIPTS / "hpo").stat().st_mtime_ns}
     facts["packages"] = {name: installed(name) for name in ("optuna", "torch", "torchvision")}
     facts |= gpu_facts()
-    facts["free"] = shutil.disk_usage(beside).free
+    facts["free"] = shutil.disk_usage(settings.beside).free
     facts["data"] = data_problem(settings.py_script)
     return facts
 
@@ -184,8 +192,8 @@ def counter(meeting: Meeting, facts: dict[int, Facts]) -> Row:
     """Whether a number that all tasks increment at once in an SQLite file ends exact."""
     path, error, times = meeting.folder / "counter.db", "", 0
     if meeting.rank == 0:
-        # Closed before anybody counts: on GlusterFS without caches a task that kept the connection
-        # that had made the file open did not see what the others wrote, nor they what it wrote.
+        # Closed before anybody counts: on GlusterFS, who kept the connection open that had made the
+        # file did not see what the others wrote.
         with closing(sqlite3.connect(path)) as db, db:
             db.execute("CREATE TABLE counter (value INTEGER)")
             db.execute("INSERT INTO counter VALUES (0)")
@@ -312,8 +320,7 @@ def disk(facts: dict[int, Facts]) -> Row:
 
 def time_left(settings: Settings) -> Row:
     """How long the job still runs."""
-    left = settings.job_end - time.time()
-    if left == float("inf"):
+    if (left := settings.job_end - time.time()) == float("inf"):
         return Row(REMARK, "time", "nothing limits it")
     mark = OK if left > 180 else REMARK
     return Row(

@@ -134,9 +134,7 @@ def test_counter_that_loses_increments_is_found(tmp_path: Path) -> None:
         assert row.found == "0 of 25 increments by 1 tasks arrived; the nodes' file caches differ"
 
 
-def test_counter_is_closed_by_who_makes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counter_is_closed_by_who_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before it is counted: see the comment there."""
     opened: list[str] = []
 

@@ -5,6 +5,7 @@ tests/test_launch.py runs whole studies with it; tests/cluster does so on a real
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -23,6 +24,11 @@ from hpo.settings import UserError
 # Of a container: Python is given its options.  Notes its arguments, and which study it would open.
 PYTHON = """#!/bin/bash
 echo "$* : $STUDY_NAME $TOTAL_TRIALS ${SLURM_JOB_END_TIME:-endless}" >>"$RECORD"
+marker=$RECORD.away.${*// /} # a step's first run may find the disk full, or each
+if [[ -n $AWAY && $* =~ (init_opt|job.count|check_cl|check_best) && ! -e $marker ]]; then
+    [[ $AWAY == always ]] || touch "$marker"
+    exit 75
+fi
 case "$*" in
     "-m hpo.job.begin") [[ -z $NO_OPTUNA ]] || exit 3; exec "$REAL_PYTHON" "$@" ;;
     "-m hpo.job.count")
@@ -204,6 +210,67 @@ def test_why_a_job_failed_is_said_where_no_full_disk_hides_it(job: Path) -> None
     result = sbatch(job, WORKER="75")
     assert "a disk, a file server or the study could not be used" in result.stderr
     assert record(job, ".scontrol").startswith("update JobId=4711 Comment=a worker ended with")
+
+
+def test_each_step_waits_for_a_disk_that_is_full_or_away(job: Path) -> None:
+    result = sbatch(job, AWAY="once")
+    assert result.returncode == 0, result.stderr
+    lines = [line.split(" : ")[0] for line in record(job).splitlines()]
+    count = "-m hpo.job.count"
+    assert [line for line in lines if "py" in line or line == count] == [
+        *(["init_optuna_db.py"] * 2 + [count] * 2 + ["check_cluster.py"] * 2),
+        *(["-u my.py"] + [count] + ["check_best_model.py --report"] * 2),
+    ]
+    assert "A disk or a file server is full or away: trying again in 1 s" in result.stderr
+    assert "trials are left" in result.stdout
+
+
+def test_a_disk_that_stays_away_ends_the_job_and_slurm_knows_why(job: Path) -> None:
+    """But not before the job's end is near, or minutes are over."""
+    result = sbatch(job, AWAY="always", SLURM_JOB_END_TIME=str(int(time.time()) + 22))
+    assert result.returncode == 75
+    assert "check_cluster.py" not in record(job)
+    assert "Comment=init_optuna_db.py ended with status 75: a disk, a file server" in record(
+        job, ".scontrol"
+    )
+
+
+def test_a_full_disk_of_the_logs_ends_no_job(job: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            ["bash", str(job / "run-optuna-multinode_Turpan.sh")],
+            cwd=job, env={**os.environ, "AWAY": "once"}, stdout=full, stderr=full, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0
+    assert record(job).count("my.py :") == 1
+    assert "check_best_model.py --report" in record(job)
+
+
+ENDED = """
+import os, sys
+from hpo.settings import run_script
+def main():
+    print("a line", flush=True)
+    if sys.argv[1:]:
+        raise OSError(int(sys.argv[1]), os.strerror(int(sys.argv[1])), "x.db")
+    return 0
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.EIO, 75), (errno.ENOENT, 1), (0, 0)])
+def test_what_a_script_says_of_a_disk_and_to_a_full_one(number: int, status: int) -> None:
+    """A disk that is away is one line; a mistake of ours has its traceback; a full log is none."""
+    words = [str(number)] if number else []
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS), "SLURM_JOB_ID": "1"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", ENDED, *words],
+            env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert ("Traceback" in done.stderr) == (status == 1)
+    assert ("error: [Errno 5] Input/output error: 'x.db'" in done.stderr) == (status == 75)
 
 
 INTERRUPTED = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sqlite3
@@ -16,8 +17,11 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from common import HELPERS, SCRIPTS, Run
+from hpo.drain import Drain
 from hpo.search.samplers import sampler_seed
 from hpo.settings import Settings
+from hpo.site import Patience, SiteFault
+from hpo.study.engines.sqlite_errors import CorruptStudy
 from hpo.study.opening import open_study
 
 OBJECTIVE = HELPERS / "objective_for_tests.py"
@@ -43,6 +47,19 @@ def start(**env: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def test_a_damaged_study_is_not_waited_for() -> None:
+    """A full disk is; it may be well again in a minute."""
+    calls = []
+
+    def step() -> None:
+        calls.append(1)
+        raise CorruptStudy("study.db is damaged")
+
+    with pytest.raises(SiteFault, match=r"^study.db is damaged$"):
+        Patience(0.1, Drain(math.inf, None)).call(step)
+    assert len(calls) == 1
 
 
 def test_worker_stops_at_total_trials_and_a_larger_total_adds(run: Run) -> None:

@@ -2,16 +2,58 @@
 
 with whole(path) as temporary:      a name beside `path`, for this process alone
     temporary.write_text(…)         and, if nothing was raised, `path` is that file now
+
+And what a disk or a file server says that is full, or away for a while (AWAY).
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+# It may be well again in a minute, which a folder that nobody may write to will not be.
+AWAY = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EIO", "ESTALE", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN"),
+        *("EHOSTUNREACH", "ENETUNREACH", "ECONNRESET", "ESHUTDOWN", "EREMOTEIO"),
+    )
+}
+
+
+class _Log(io.FileIO):
+    """A file to which what cannot be written now is not written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in AWAY:
+                raise
+            return len(data)
+
+
+def outlive_the_log() -> None:
+    """Let no full disk of the logs end a job's process: what it prints meanwhile is lost."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return
+    for name, old in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        if not isinstance(old, io.TextIOWrapper) or old not in (sys.__stdout__, sys.__stderr__):
+            continue  # a notebook's, or a test's
+        if old.closed:
+            continue
+        old.flush()
+        raw = io.BufferedWriter(_Log(old.fileno(), "w", closefd=False))
+        text = io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=True)
+        setattr(sys, name, text)
 
 
 @contextmanager

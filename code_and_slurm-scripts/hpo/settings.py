@@ -9,8 +9,7 @@ The launch scripts also set WORKER_RANK or SLURM_PROCID, SLURM_JOB_ID, SLURM_JOB
 SLURM_JOB_END_TIME (Unix seconds), DRAIN_FILE (hpo/drain.py), ALIVE_JOBS (the user's jobs in
 Slurm's queue) and WORKER_TOKEN (hpo/job/keep_running.sh).
 
-This module and hpo/gpu.py import nothing but the standard library, so that they start at once on a
-login node.
+This module and hpo/gpu.py import the standard library alone: they start at once on a login node.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpo import gpu, values
+from hpo import files, gpu, values
 from hpo.values import UserError
 
 __all__ = ["SCRIPTS", "Settings", "UserError", "run_script", "use"]
@@ -219,14 +218,15 @@ def run_script(main: Callable[[], int]) -> None:
     """
     if imported_by_another:
         return
+    files.outlive_the_log()
     status = 0
     try:
         try:
             status = main()
-        except UserError as error:
+        except (UserError, OSError) as error:
+            status = values.status_of(error)
             text = values.without_password(error)  # a driver may say to what it could not connect
             print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
-            status = error.status
         except gpu.Unusable as unusable:
             print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
             status = unusable.status

@@ -16,7 +16,9 @@ import optuna
 from optuna.exceptions import StorageInternalError
 
 from hpo.drain import Drain
+from hpo.files import AWAY
 from hpo.search.guard import SearchFailed
+from hpo.study.engines.sqlite_errors import CorruptStudy
 from hpo.words import duration, logger, one_line, text_of
 
 T = TypeVar("T")
@@ -24,14 +26,7 @@ T = TypeVar("T")
 GRACES = 5  # grace periods of a lease that a worker tries again
 LONGEST_PAUSE = 30.0  # seconds
 # What a file system or a network says when it, and not the program, is at fault.
-ERRNO = {
-    getattr(errno, name)
-    for name in (
-        *("ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "EACCES", "ENOTCONN", "ETIMEDOUT"),
-        *("EHOSTDOWN", "EHOSTUNREACH", "ENETUNREACH", "ECONNRESET", "ESHUTDOWN", "EREMOTEIO"),
-        *("EMFILE", "ENFILE", "ENOLCK"),
-    )
-}
+ERRNO = AWAY | {errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOLCK}
 WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed")
 
 log = logger("hpo.worker")
@@ -75,6 +70,8 @@ class Patience:
         while True:
             try:
                 return step()
+            except CorruptStudy as error:  # it will not be whole in a minute
+                raise SiteFault(str(error)) from None
             except Exception as error:
                 if not (fault := fault_of(error)):
                     raise
@@ -101,6 +98,8 @@ class Patience:
             try:
                 result = method(*args, **kwargs)
             except StorageInternalError as error:
+                if isinstance(error, CorruptStudy):
+                    raise
                 self.wait(one_line(error))
                 waited = True
                 continue

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from hpo.files import AWAY
+
 SQLITE_PREFIX = "sqlite:///"
 # Besides sqlite; see hpo/study/opening.py.
 SERVER_URLS = ("postgresql", "postgres", "mysql", "journal", "grpc")
@@ -31,6 +33,18 @@ class SiteAway(UserError):
     """No mistake of anybody here: a server that may be there again in a minute."""
 
     status = SITE_FAULT
+
+
+def status_of(error: UserError | OSError) -> int:
+    """Return the exit status for what has ended a script. Raises it where it is a mistake of ours.
+
+    A disk or a file server that is full or away is nobody's: 75, and the job tries again.
+    """
+    if isinstance(error, UserError):
+        return error.status
+    if error.errno in AWAY:
+        return SITE_FAULT
+    raise error
 
 
 def choice(env: Mapping[str, str], name: str, legal: Sequence[str]) -> str:

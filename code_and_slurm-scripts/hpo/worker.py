@@ -47,11 +47,9 @@ from hpo.search.pruners import check_search
 from hpo.search.remembered import Plan, adopt_space, plan_of
 from hpo.settings import Settings, UserError, use
 from hpo.site import Patience, SiteFault, wait_inside
-from hpo.study.engines.postgresql import ServerAway
-from hpo.study.engines.sqlite_errors import DiskFull, StudyBusy
 from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id, trial_id
-from hpo.study.serving.served import Leased, ServerGone
+from hpo.study.serving.served import Leased
 from hpo.study.storage import NoTrialLeft
 from hpo.study.trials import best_line, best_searched, count, same_reason
 from hpo.study.upkeep import Upkeep
@@ -62,7 +60,7 @@ from hpo.trial import (
     let_several_objectives_report,
     run_trial,
 )
-from hpo.values import SITE_FAULT, without_password
+from hpo.values import SITE_FAULT, SiteAway, without_password
 from hpo.words import logger, parameters, shown, values
 
 SAME_FAILURES = 3, 6  # in a row, before and after a success: then it is not the parameters
@@ -129,10 +127,8 @@ def _open(settings: Settings) -> optuna.Study:
     """Open the study; a disk or a server that is away is the site's fault, all else the user's."""
     try:
         return create_or_open_study(settings)
-    except UserError as error:
-        if isinstance(error.__cause__, (DiskFull, StudyBusy, ServerAway, ServerGone)):
-            raise error.__cause__ from None
-        raise
+    except SiteAway as error:
+        raise error.__cause__ or error from None
 
 
 class _Loop:

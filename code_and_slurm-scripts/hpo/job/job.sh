@@ -9,9 +9,53 @@ status=0
 server=        # pid of what keeps the study served, where the nodes cannot share the file
 before=(0 0 0) # finished and missing trials, and reported epochs, when the job started
 
+SITE_SECONDS=300 # that a disk or a file server may be full or away
+
 die() {
-    echo "error: $1" >&2
+    tell_slurm "$1"
+    echo "error: $1" >&2 || true
     exit 2
+}
+
+# In the log; one on a full disk ends no job.
+say() {
+    echo "$*" || true
+}
+
+# Where squeue and sacct show it: the disk of the logs may be full, or away.
+tell_slurm() {
+    [[ -z ${SLURM_JOB_ID:-} ]] ||
+        scontrol update "JobId=$SLURM_JOB_ID" "Comment=$1" 2>/dev/null || true
+}
+
+# give_up STATUS WHAT: has failed before there were workers, and has said why.
+give_up() {
+    tell_slurm "$2 ended with status $1$(meaning "$1")"
+    exit "$1"
+}
+
+meaning() { # meaning STATUS
+    (($1 != 75)) || echo ": a disk, a file server or the study could not be used for minutes"
+}
+
+# patiently COMMAND…: again, while a disk or a file server is full or away (status 75, or the bundle
+# cannot be read), for minutes, but not beyond the job's end.
+patiently() {
+    local begin=$SECONDS pause=1 result
+    while true; do
+        result=0
+        "$@" || result=$?
+        if ((result == 0)) || { ((result != 75)) && cat "$scripts/hpo/job/job.sh" &>/dev/null; }; then
+            return "$result"
+        fi
+        if ((SECONDS - begin + pause > SITE_SECONDS)) ||
+            (($(date +%s) + pause + 20 > ${SLURM_JOB_END_TIME:-0} && ${SLURM_JOB_END_TIME:-0} > 0)); then
+            return 75
+        fi
+        echo "A disk or a file server is full or away: trying again in $pause s" >&2 || true
+        sleep "$pause"
+        pause=$((pause < 16 ? 2 * pause : 30))
+    done
 }
 
 # run_python: the command that runs Python in the container; where CONTAINER is empty, this
@@ -74,7 +118,7 @@ ask_slurm() {
     ALIVE_JOBS=$(squeue --noheader --me --format=%A | tr '\n' ' ') || unset ALIVE_JOBS
     export ALIVE_JOBS
     look_at_job
-    echo "Job $SLURM_JOB_ID: $tasks workers on $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)"
+    say "Job $SLURM_JOB_ID: $tasks workers on $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)"
 }
 
 # on_every_gpu COMMAND…: one task per GPU.  JOB_SETTINGS gives each what the batch script has,
@@ -86,7 +130,7 @@ on_every_gpu() {
         shift
     done
     JOB_SETTINGS=$job_settings
-    for name in PYTHONPATH CONTAINER BINDS DRAIN_FILE ALIVE_JOBS SLURM_JOB_END_TIME; do
+    for name in PYTHONPATH CONTAINER BINDS DRAIN_FILE ALIVE_JOBS SLURM_JOB_END_TIME PREFLIGHT; do
         [[ ! -v $name ]] || JOB_SETTINGS+=$(printf '\nexport %s=%q' "$name" "${!name}")
     done
     JOB_SETTINGS=$JOB_SETTINGS srun --export=ALL --ntasks="$tasks" \
@@ -95,25 +139,33 @@ on_every_gpu() {
 }
 
 create_study() {
-    "${run_python[@]}" init_optuna_db.py
-    read -r -a before < <("${run_python[@]}" -m hpo.job.count)
+    patiently "${run_python[@]}" init_optuna_db.py || give_up $? init_optuna_db.py
+    local counted
+    counted=$(patiently "${run_python[@]}" -m hpo.job.count) || give_up $? hpo.job.count
+    read -r -a before <<<"$counted"
+}
+
+preflight() { # each attempt meets in a folder of its own
+    PREFLIGHT=$((${PREFLIGHT:-0} + 1))
+    on_every_gpu "${run_python[@]}" check_cluster.py
 }
 
 # The preflight; status 3 means that all is well but for locks or caches between the nodes.
 check_nodes() {
     local result=0 begin=$SECONDS
-    on_every_gpu "${run_python[@]}" check_cluster.py || result=$?
-    echo "Preflight of $tasks tasks: $((SECONDS - begin)) s"
+    patiently preflight || result=$?
+    say "Preflight of $tasks tasks: $((SECONDS - begin)) s"
     case $result in
         0) ;;
         3) serve_study ;;
+        75) give_up 75 check_cluster.py ;;
         *) die "check_cluster.py has found what the table above says; no trial was started" ;;
     esac
 }
 
 # One process on this node owns study.db; the workers reach it over the network.
 serve_study() {
-    echo "The nodes cannot share the file: one process on $(hostname) serves the study."
+    say "The nodes cannot share the file: one process on $(hostname) serves the study."
     local hosts
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     bash hpo/job/keep_serving.sh "$logs/$SLURM_JOB_ID.server.out" "${run_python[@]}" \
@@ -152,35 +204,36 @@ run_workers() {
     ((status == 0)) || say_why
 }
 
-# In the log, and with Slurm: the disk of the logs may be full, or away.
 say_why() {
-    local why="a worker ended with status $status"
-    if ((status == 75)); then
-        why+=": a disk, a file server or the study could not be used for minutes"
-    fi
-    scontrol update "JobId=$SLURM_JOB_ID" "Comment=$why" 2>/dev/null || true
+    local why
+    why="a worker ended with status $status$(meaning "$status")"
+    tell_slurm "$why"
     echo "${why^}; the reason is at the end of its log:
     tail -n 20 $logs/$SLURM_JOB_ID.*.out" >&2 || true
 }
 
 # The successor, if there is to be one; the report, and the one command that goes on.
 print_report() {
-    local after=() next=''
-    read -r -a after < <("${run_python[@]}" -m hpo.job.count) || true
+    local after=() next='' counted
+    counted=$(patiently "${run_python[@]}" -m hpo.job.count) || true
+    read -r -a after <<<"$counted"
     if ((${#after[@]} == 3 && after[1] > 0 && CHAIN_JOBS > 0)); then # the report may take long
         next=$(submit_successor)
     fi
-    "${run_python[@]}" check_best_model.py --report || true # what it says is all there is to say
     if ((${#after[@]} < 3)); then
-        echo "The study cannot be read." >&2
-    elif ((after[1] == 0)); then
-        echo "The study is complete."
+        echo "The study cannot be read." >&2 || true
+        return
+    fi
+    # What it says is all there is to say.
+    patiently "${run_python[@]}" check_best_model.py --report || true
+    if ((after[1] == 0)); then
+        say "The study is complete."
     else
-        echo "${after[1]} trials are left; this job finished $((after[0] - before[0])). To go on:"
+        say "${after[1]} trials are left; this job finished $((after[0] - before[0])). To go on:"
         local settings
-        settings=$("${run_python[@]}" -m hpo.settings given)
+        settings=$("${run_python[@]}" -m hpo.settings given) || true
         printf '    cd %q && %s sbatch %q\n%s' \
-            "$scripts" "$settings" "${batch_script##*/}" "${next:+$next$'\n'}"
+            "$scripts" "$settings" "${batch_script##*/}" "${next:+$next$'\n'}" || true
     fi
 }
 

@@ -23,12 +23,21 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 
 from hpo import packages, values
+from hpo.files import AWAY
 from hpo.settings import SCRIPTS, Settings, UserError
 from hpo.study.engines import EngineError
 from hpo.study.engines.postgresql import PostgreSQL, ServerAway
+from hpo.study.engines.sqlite_errors import DiskFull, StudyBusy
 from hpo.study.engines.sqlite_file import StudyFile, create_study_file
 from hpo.study.optuna_private import storage_of
-from hpo.study.serving.served import Leased, ServedStorage, Server, find_server, server_path
+from hpo.study.serving.served import (
+    Leased,
+    ServedStorage,
+    Server,
+    ServerGone,
+    find_server,
+    server_path,
+)
 from hpo.study.storage import StudyStorage
 from hpo.study.trials import Counts
 from hpo.values import SiteAway, check_writable
@@ -36,6 +45,7 @@ from hpo.words import duration, one_line
 
 BACKUP = ".backup"  # study.db.backup is a copy of study.db
 DRIVERS = {"MySQLdb": "mysqlclient", "pymysql": "PyMySQL"}  # what pip calls them
+MAY_PASS = (DiskFull, StudyBusy, ServerAway, ServerGone)
 CONNECT_SECONDS = 5  # until an unreachable server is an error
 
 
@@ -72,6 +82,8 @@ def open_study(settings: Settings) -> Study:
     try:
         missing = path and not path.exists()
     except OSError as error:  # a folder that may not be read
+        if error.errno in AWAY:
+            raise
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if missing:
         raise UserError(
@@ -217,7 +229,7 @@ def clear_errors(settings: Settings) -> Iterator[None]:
     except EngineError as error:
         backup = settings.backup_path
         hint = f"; its last backup is {backup}" if backup and backup.exists() else ""
-        kind = SiteAway if isinstance(error, ServerAway) else UserError
+        kind = SiteAway if isinstance(error, MAY_PASS) else UserError
         raise kind(f"{error}{hint}") from error
 
 

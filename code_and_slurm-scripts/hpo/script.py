@@ -26,6 +26,14 @@ from hpo.settings import SCRIPTS, Settings, UserError
 from hpo.words import one_line
 
 NOTEBOOK = "notebook.py"  # the name of a script that is a notebook
+# What a module of hpo/loops needs, for a script that imports it and says nothing.
+LOOPS = {
+    "huggingface": ("transformers", "accelerate"),
+    "keras": ("keras",),
+    "lightgbm": ("lightgbm",),
+    "lightning": ("lightning>=2.6",),
+    "xgboost": ("xgboost",),
+}
 
 
 class Script(NamedTuple):
@@ -96,8 +104,39 @@ def _assigned(node: ast.stmt) -> set[str]:
 
 
 def check_needs(py_script: str) -> None:
-    """Raise UserError, with the command that installs them, if packages in NEEDS are missing."""
-    packages.need(py_script, *declared(py_script, "NEEDS"))
+    """Raise UserError, with the command that installs them, if packages in NEEDS are missing.
+
+    Without NEEDS: those of the loops that the script imports.
+    """
+    packages.need(py_script, *(declared(py_script, "NEEDS") or _of_loops(py_script)))
+
+
+def end_without_needs() -> None:
+    """End a script that was launched, with that line and status 2, if packages are missing.
+
+    Called when hpo.worker is imported: before the script imports them, if it does so afterwards.
+    """
+    file = getattr(sys.modules["__main__"], "__file__", None) or ""
+    if settings.imported_by_another or not file.endswith(".py"):
+        return
+
+    def checked() -> int:
+        check_needs(os.path.relpath(os.path.abspath(file), SCRIPTS))
+        return 0
+
+    try:
+        checked()
+    except UserError:
+        settings.run_script(checked)
+
+
+def _of_loops(py_script: str) -> list[str]:
+    if not (SCRIPTS / py_script).is_file():
+        return []
+    nodes = [node for node in ast.walk(_parse(py_script)) if isinstance(node, ast.ImportFrom)]
+    modules = [(node.module or "").rpartition(".") for node in nodes]
+    names = [name for package, _, name in modules if package == "hpo.loops"]
+    return [package for name in names for package in LOOPS.get(name, ())]
 
 
 def _parse(py_script: str) -> ast.Module:

@@ -68,7 +68,8 @@ POLL_SECONDS = 0.05, 1.0  # at first and at most, while other workers run the la
 STOPS = "stops_study"  # user attribute of a trial that called study.stop()
 
 log = logger("hpo.worker")
-script.take_arguments()  # now, before the script looks at them
+script.end_without_needs()  # now, before the script imports what is missing …
+script.take_arguments()  # … and looks at them
 
 
 def run_worker(objective: Objective) -> int:

@@ -1,11 +1,11 @@
 """Handwritten digits with scikit-learn, by cross-validation."""
 
+from hpo import run_script, run_worker
+from hpo.loops.folds import over_folds
+
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
-
-from hpo import run_script, run_worker
-from hpo.loops.folds import over_folds
 
 NEEDS = "scikit-learn"
 

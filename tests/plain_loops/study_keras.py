@@ -3,12 +3,12 @@
 import os
 
 os.environ["KERAS_BACKEND"] = "torch"
+from hpo import run_script, run_worker
+from hpo.loops.keras import StudyCallback
+
 import keras
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-
-from hpo import run_script, run_worker
-from hpo.loops.keras import StudyCallback
 
 NEEDS = ("keras", "scikit-learn")
 

@@ -1,11 +1,11 @@
 """Handwritten digits with LightGBM."""
 
+from hpo import run_script, run_worker
+from hpo.loops.lightgbm import StudyCallback
+
 import lightgbm
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-
-from hpo import run_script, run_worker
-from hpo.loops.lightgbm import StudyCallback
 
 NEEDS = ("lightgbm", "scikit-learn")
 

@@ -1,14 +1,14 @@
 """Handwritten digits with Lightning."""
 
+from hpo import checkpoint, run_script, run_worker
+from hpo.loops.lightning import StudyCallback, resume
+
 import torch
 from lightning import LightningModule, Trainer
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset, random_split
-
-from hpo import checkpoint, run_script, run_worker
-from hpo.loops.lightning import StudyCallback, resume
 
 NEEDS = ("lightning>=2.6", "scikit-learn")
 

@@ -1,11 +1,11 @@
 """Handwritten digits with XGBoost."""
 
+from hpo import run_script, run_worker
+from hpo.loops.xgboost import StudyCallback
+
 import xgboost
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-
-from hpo import run_script, run_worker
-from hpo.loops.xgboost import StudyCallback
 
 NEEDS = ("xgboost", "scikit-learn")
 

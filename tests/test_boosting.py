@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,19 @@ def test_pruned(
     assert found.state == TrialState.PRUNED
     assert list(found.intermediate_values) == [EVERY - 1]
     assert not list(Settings.from_env().checkpoints.iterdir())
+
+
+@BOTH
+def test_model_of_the_best_trial_is_kept(
+    train: Callable[..., float], name: str, study: optuna.Study
+) -> None:
+    Settings.from_env(KEEP_BEST="1")
+    for rate in (0.01, 0.3, 0.02):
+        finished(study, partial(train, changes={"learning_rate": rate}))
+    [path] = Settings.from_env().checkpoints.iterdir()
+    best = study.best_trial.number
+    assert path == checkpoint.folder_path(Settings.from_env(), best)
+    assert trees(path / name) == ROUNDS
 
 
 @BOTH

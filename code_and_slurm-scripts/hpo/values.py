@@ -26,22 +26,21 @@ SITE_FAULT = 75  # exit status; "temporary failure, try again later" in sysexits
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one or two lines, exit status 2."""
 
-    status = 2
-
 
 class SiteAway(UserError):
-    """No mistake of anybody here: a server that may be there again in a minute."""
-
-    status = SITE_FAULT
+    """A server that may be there again in a minute, which a job waits for (`status_of`)."""
 
 
 def status_of(error: UserError | OSError) -> int:
     """Return the exit status for what has ended a script. Raises it where it is a mistake of ours.
 
-    A disk or a file server that is full or away is nobody's: 75, and the job tries again.
+    A disk or a file server that is full or away is nobody's: 75, and the job tries again.  So it
+    does with a database that is away; who types a command is told at once, as of a wrong address.
     """
+    if isinstance(error, SiteAway) and "SLURM_JOB_ID" in os.environ:
+        return SITE_FAULT
     if isinstance(error, UserError):
-        return error.status
+        return 2
     if error.errno in AWAY:
         return SITE_FAULT
     raise error

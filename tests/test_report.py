@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import optuna.visualization  # now: until then a stand-in, in which a test could change nothing
 import pytest
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -24,9 +25,11 @@ from optuna.trial import TrialState
 from common import Run
 from fake_study import fill
 from hpo.settings import Settings, UserError
-from hpo.show import facts
+from hpo.show import facts, page
 from hpo.show.compare import compare
-from hpo.show.figures.pictures import limits
+from hpo.show.figures.chart import log_marks, wrapped
+from hpo.show.figures.distribution import shares
+from hpo.show.figures.pictures import limits, pictures_of
 from hpo.show.figures.sample import thinned
 from hpo.show.figures.timeline import SLOTS, bars, busy
 from hpo.show.report import write_report
@@ -202,6 +205,60 @@ def test_ten_thousand_trials_are_thinned() -> None:
     text, number = for_page(study.trials, Settings.from_env(), ["value"], [1999, 7])
     assert [row[0] for row in json.loads(text)["rows"]][:3] == [1999, 7, 0]
     assert number == 2000
+
+
+def test_page_says_what_of_ten_thousand_trials_is_drawn() -> None:
+    study = optuna.create_study()
+    fill(study, 3000)
+    study.add_trials([optuna.create_trial(value=50.0) for _ in range(10)])
+    number = len(complete(study))
+    pictures = {picture.name: picture for picture in pictures_of(study, ["loss"])}
+    for name in ("history", "slice", "parallel"):
+        assert re.search(rf"Drawn are \d+ of {number} trials", pictures[name].says), name
+        assert "  10 trials are worse than " in pictures[name].says
+    assert re.search(rf"between \d+ of {number} complete trials", pictures["importances"].says)
+    assert re.search(rf"; from \d+ of {number} trials", pictures["contour"].says)
+    assert "Drawn are the latest 1000 of 3010 trials" in pictures["timeline"].says
+    # The distribution is that of all, not of those that are drawn elsewhere.
+    assert f"The share of {number} complete trials" in pictures["edf"].says
+    values = [trial.values[0] for trial in complete(study)]
+    line = pictures["edf"].draw(optuna.visualization).data[0]
+    for x, y in list(zip(line.x, line.y, strict=True))[1:-1]:
+        assert y == pytest.approx(sum(value <= x for value in values) / number, abs=0.01)
+    # One bad value does not take all colours.
+    assert max(pictures["parallel"].draw(optuna.visualization).data[-1].marker.color) < 1
+
+
+def test_shares_of_a_maximised_value() -> None:
+    assert shares([3.0, 1.0], StudyDirection.MINIMIZE) == ([1.0, 1.0, 3.0], [0.0, 0.5, 1.0])
+    assert shares([3.0, 1.0], StudyDirection.MAXIMIZE) == ([1.0, 1.0, 3.0], [1.0, 0.5, 0.0])
+    x, y = shares([float(value) for value in range(10_000)], StudyDirection.MINIMIZE)
+    assert len(x) == len(y) <= 1001
+    assert (x[-1], y[-1]) == (9999.0, 1.0)
+
+
+def test_names_and_marks_fit_small_axes() -> None:
+    assert wrapped("learning_rate_of_the_encoder", "|") == "learning_rate_of_|the_encoder"
+    assert wrapped("lr", "|") == "lr"
+    assert log_marks(2e-6, 0.2) == [1e-5, 1e-3, 0.1]
+    assert log_marks(2e-4, 5e-3) == [3e-4, 3e-3]
+    assert log_marks(1.5, 6.0) == [2.0, 5.0]
+    assert log_marks(2.2, 2.8) == []
+    assert page.pairs({"conv1_channels": "a/b_c"}) == (
+        '<table class="facts"><tr><td>conv1_<wbr>channels</td><td>a/<wbr>b_<wbr>c</td></tr></table>'
+    )
+
+
+def test_page_fits_a_sheet_of_paper(study: optuna.Study, tmp_path: Path) -> None:
+    """What is wider than the sheet is drawn smaller as a whole: nothing lies beyond its edge."""
+    fill(study, 4)
+    path = write_report(study, Settings.from_env(), tmp_path / "r")
+    path.write_text(path.read_text().replace("</body>", "<script>onbeforeprint()</script></body>"))
+    dom, console = open_in_browser(path, tmp_path / "profile")
+    assert console == []
+    boxes = re.findall(r'class="panels" style="min-width: (\d+)px; zoom: ([\d.]+);', dom)
+    assert len(boxes) == dom.count('class="panels"') == len(drawn(dom))
+    assert all(max(int(width), 850) * float(zoom) == pytest.approx(680) for width, zoom in boxes)
 
 
 def test_axis_leaves_out_a_few_very_bad_values() -> None:

@@ -18,14 +18,13 @@ from optuna.trial import FrozenTrial
 from hpo.settings import Settings, UserError
 from hpo.show import facts, page
 from hpo.show.figures.chart import Line, draw_lines
-from hpo.show.figures.pictures import Picture, best_so_far
+from hpo.show.figures.distribution import COLOURS, distribution
+from hpo.show.figures.pictures import Picture, best_so_far, limits, value_axis
 from hpo.show.figures.sample import fits_an_axis
 from hpo.show.report import Drawing, need_packages, write_page
 from hpo.study.opening import open_study
 from hpo.study.trials import complete, is_feasible
 from hpo.words import shown
-
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 
 
 def compare(names: Sequence[str], settings: Settings) -> Path:
@@ -89,7 +88,8 @@ def _pictures(studies: Sequence[optuna.Study]) -> list[Picture]:
         Picture("hours", "Best value over the work",
                 "The best value so far over the time that all trials took together, in hours.",
                 by_hours),
-        Picture("edf", "Empirical distribution", "The share of trials that reached a value.",
+        Picture("edf", "Empirical distribution",
+                "The share of complete trials that reached a value, or a better one.",
                 partial(_distribution, studies)),
     ]  # fmt: skip
 
@@ -126,9 +126,7 @@ def _label(study: optuna.Study) -> str:
 
 
 def _distribution(studies: Sequence[optuna.Study], module: Any) -> Any:
-    lines = []
-    for study, colour in zip(studies, COLOURS, strict=False):
-        ordered = sorted(trial.values[0] for trial in _fit(study))
-        share = [(index + 1) / len(ordered) for index in range(len(ordered))]
-        lines.append(Line(study.study_name, ordered, share, colour, step=True))
-    return draw_lines(module, lines, "value", "share of the trials")
+    named = {study.study_name: [t.values[0] for t in _fit(study)] for study in studies}
+    every = [value for values in named.values() for value in values]
+    mend = value_axis("x", limits(every, studies[0].direction))
+    return distribution(named, studies[0].direction, "value", mend, module)

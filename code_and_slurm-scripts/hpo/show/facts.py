@@ -77,7 +77,8 @@ def times(study: optuna.Study) -> Rows:
         "first start": f"{min(bar.start for bar in found):%Y-%m-%d %H:%M:%S}",
         "last end": f"{max(bar.end for bar in found):%Y-%m-%d %H:%M:%S}",
         "running": f"{duration(ran)}, with at most {peak} trials at once",
-        "worker hours": f"{used / 3600:.2f} h (a worker has a GPU; without GPUs, a core)",
+        "worker hours": f"{used / 3600:.{2 if used >= 360 else 4}f} h"
+        " (a worker has a GPU; without GPUs, a core)",
     }
     if ran > 0:
         rows["utilisation"] = f"{min(100 * used / ran / peak, 100):.0f} % of {peak} workers"

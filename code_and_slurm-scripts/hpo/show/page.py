@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 
 MISSING = '<p class="missing">not drawn: '
@@ -21,25 +22,49 @@ p {{ margin: .2rem 0 .6rem; color: #555; }}
 table {{ border-collapse: collapse; }}
 td, th {{ padding: .15rem 1rem .15rem 0; vertical-align: top; text-align: left;
           overflow-wrap: anywhere; }}
-th {{ border-bottom: 1px solid #bbb; }}  .facts td:first-child {{ color: #555; min-width: 6rem; }}
+.facts td:first-child {{ overflow-wrap: break-word; }}
+th {{ border-bottom: 1px solid #bbb; }}  .facts td:first-child {{ color: #555; min-width: 9rem; }}
 .missing {{ border-left: 4px solid #ff9f40; padding: .3rem .8rem; }}
 .wide {{ overflow-x: auto; }}
 .wide td, .wide th {{ white-space: nowrap; font-size: .85rem; overflow-wrap: normal; }}
 th button {{ all: unset; cursor: pointer; font-weight: bold; }}
 th button:focus-visible {{ outline: 2px solid #1f77b4; }}
 input {{ font: inherit; padding: .3rem .5rem; width: min(24rem, 90%); }}
-.different td {{ background: #fff3e0; }}
-@media (max-width: 600px) {{ body {{ padding: .5rem .8rem 2rem; font-size: 14px; }} }}
+.wide td:first-child, .wide th:first-child {{ position: sticky; left: 0; background: #fff; }}
+.wide .different td {{ background: #fff3e0; }}
+@media (max-width: 600px) {{
+  body {{ padding: .5rem .8rem 2rem; font-size: 14px; }}
+  .modebar {{ display: none; }}  /* it would lie over the legend */
+}}
 @media print {{
   body {{ max-width: none; padding: 0; font-size: 10pt; }}
-  nav, input, .files, #more {{ display: none; }}
+  nav, input, .files, #more, #found, .modebar {{ display: none !important; }}
+  h2 {{ margin-top: 1rem; }}
   section {{ break-inside: avoid; }}  section.trials {{ break-inside: auto; }}
-  .wide {{ overflow: visible; }}  .wide td, .wide th {{ white-space: normal; font-size: 7pt; }}
+  .wide {{ overflow: hidden; }}  .panels {{ min-width: 0 !important; }}
+  .wide td, .wide th {{ white-space: normal; font-size: 7pt; }}
+  .trials td, .trials .wide th {{ white-space: nowrap; max-width: 12em; overflow: hidden;
+                                  text-overflow: ellipsis; }}
 }}
 </style>
 <script>{plotly_js}</script></head>
 <body><h1>{title}</h1>
 {sections}
+<script>
+function fit(change) {{ // every picture on paper: drawn wide enough, then made smaller as a whole
+  document.querySelectorAll(".panels").forEach(
+    box => change(box.querySelector(".plotly-graph-div"), box));
+}}
+window.onbeforeprint = () => fit((plot, box) => {{
+  const width = Math.max(850, parseInt(box.style.minWidth));
+  box.style.zoom = 680 / width;
+  Plotly.relayout(plot, {{width: width}});
+}});
+window.onafterprint = () => fit((plot, box) => {{
+  box.style.zoom = 1;
+  Plotly.relayout(plot, {{width: null, autosize: true}});
+}});
+</script>
 </body></html>
 """
 TRIALS = """<section class="trials"><h2 id="trials">Trials</h2>
@@ -135,10 +160,13 @@ def tables(named: Mapping[str, Mapping[str, str]]) -> str:
 
 def pairs(rows: Mapping[str, str]) -> str:
     """Return a table of two columns."""
-    cells = (
-        f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in rows.items()
-    )
+    cells = (f"<tr><td>{_text(k)}</td><td>{_text(v)}</td></tr>" for k, v in rows.items())
     return f'<table class="facts">{"".join(cells)}</table>'
+
+
+def _text(text: str) -> str:
+    """Return a text as HTML; a long name may go on in the next line behind its _ or /."""
+    return re.sub(r"([_/]+)(?=\w)", r"\1<wbr>", html.escape(text))
 
 
 def section(anchor: str, title: str, body: str, says: str = "") -> str:

@@ -30,6 +30,7 @@ from hpo import packages
 from hpo.files import whole
 from hpo.settings import Settings, UserError
 from hpo.show import facts, page
+from hpo.show.figures.chart import tidy_matplotlib, tidy_plotly
 from hpo.show.figures.pictures import Picture, pictures_of
 from hpo.show.trial_table import LOGS, for_page, write_csv
 from hpo.study.trials import best_trials, complete, fail_reasons, without_best
@@ -173,7 +174,10 @@ class Drawing:
         if time.process_time() > self.end:
             return ""
         try:
-            with plt.rc_context({"figure.figsize": picture.size, "font.size": 9}):
+            with (
+                plt.style.context("ggplot"),  # Optuna's own pictures have it, too
+                plt.rc_context({"figure.figsize": picture.size, "font.size": 9}),
+            ):
                 return self._saved(picture, picture.draw(optuna.visualization.matplotlib))
         except OSError:
             raise
@@ -185,6 +189,7 @@ class Drawing:
     def _saved(self, picture: Picture, axes: Any) -> str:
         figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
         figure.set_size_inches(picture.size)
+        tidy_matplotlib(figure, picture.panels)
         names = []
         for kind in ("png", "pdf"):
             path = self.folder / f"{picture.name}.{kind}"
@@ -198,11 +203,7 @@ def _interactive(picture: Picture) -> str:
     figure = picture.draw(optuna.visualization)
     if not figure.data:  # Optuna's answer to one parameter, or to trials without reports
         raise ValueError("the study has too few trials, parameters or reports for it")
-    figure.update_layout(title=None, margin={"t": 60, "b": 60}, autosize=True, width=None)
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"})
-    figure.update_xaxes(exponentformat="power", automargin=True)
-    if len(figure.data) > 5:  # many small axes: two or three numbers fit under each
-        figure.update_xaxes(nticks=3, selector={"type": "log"})
+    tidy_plotly(figure, picture.panels)
     body = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
@@ -210,4 +211,4 @@ def _interactive(picture: Picture) -> str:
         config={"responsive": True, "displaylogo": False},
     )
     width = 130 * picture.panels
-    return f'<div class="wide"><div style="min-width: {width}px">{body}</div></div>'
+    return f'<div class="wide"><div class="panels" style="min-width: {width}px">{body}</div></div>'

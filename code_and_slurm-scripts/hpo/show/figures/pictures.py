@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -20,8 +21,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.show.figures.chart import Line, draw_lines
-from hpo.show.figures.sample import drawable, escaped, fits_an_axis, for_matplotlib
-from hpo.show.figures.timeline import COLOURS, timeline, utilisation
+from hpo.show.figures.distribution import distribution
+from hpo.show.figures.sample import between, drawable, escaped, fits_an_axis, for_matplotlib
+from hpo.show.figures.timeline import COLOURS, MOST_BARS, bars, timeline, utilisation
 from hpo.study.trials import complete, is_feasible, without_finals
 
 MOST_CONTOURS = 4  # parameters: each pair of them is one contour plot
@@ -54,6 +56,7 @@ def pictures_of(whole: optuna.Study, names: Sequence[str], paper: bool = False) 
     alone shows the final runs: they are no search.
     """
     study = without_finals(whole)
+    every = [trial for trial in complete(study) if all(map(fits_an_axis, trial.values))]
     drawn = drawable(study)
     few = drawable(study, CONTOUR_TRIALS)
     if paper:
@@ -61,12 +64,12 @@ def pictures_of(whole: optuna.Study, names: Sequence[str], paper: bool = False) 
         drawn, few = for_matplotlib(drawn), for_matplotlib(few)
     end = [_curves(study, names[0]), timeline_picture(whole), _utilisation(whole)]
     if len(names) > 1:
-        found = [_pareto(drawn, names)]
+        found = [_pareto(drawn, names, _drawn_of(drawn, every))]
         for index, name in enumerate(names):
-            each = _of_one(drawn, few, index, name, f"-{index + 1}-{_file_name(name)}")
+            each = _of_one(every, drawn, few, index, name, f"-{index + 1}-{_file_name(name)}")
             found += [picture for picture in each if not picture.name.startswith("contour")]
         return [*found, *end[1:]]
-    first, *others = _of_one(drawn, few, 0, names[0], "")
+    first, *others = _of_one(every, drawn, few, 0, names[0], "")
     return [first, end[0], *others, *end[1:]]
 
 
@@ -74,47 +77,71 @@ def _file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text)[:40]
 
 
+def _drawn_of(study: optuna.Study, every: Sequence[FrozenTrial]) -> str:
+    number = len(complete(study))
+    if number == len(every):
+        return ""
+    return f"  Drawn are {number} of {len(every)} trials: the best, and others evenly."
+
+
 def _of_one(
-    study: optuna.Study, few: optuna.Study, index: int, name: str, suffix: str
+    every: Sequence[FrozenTrial],
+    study: optuna.Study,
+    few: optuna.Study,
+    index: int,
+    name: str,
+    suffix: str,
 ) -> list[Picture]:
-    """Return the pictures of one objective; `few` has few trials, for the contours."""
+    """Return the pictures of one objective.
+
+    `every` complete trial with a value that an axis holds; `study` has those that can be drawn, and
+    `few` has few of them, for the contours.
+    """
     title = f": {name}" if suffix else ""
-    trials = complete(study)
-    number = len(trials)
+    number, some_of = len(complete(study)), _drawn_of(study, every)
+    of = f"{number} of {len(every)}" if some_of else str(number)
     ranked = important_params(study, index)
     many, some = ranked[:MOST_PARAMS], ranked[:MOST_CONTOURS]
     rest = (
-        f" (the {len(many)} that matter most of {len(ranked)})" if len(many) < len(ranked) else ""
+        f" (the {len(many)} parameters that matter most of {len(ranked)})"
+        if len(many) < len(ranked)
+        else ""
     )
-    axis = limits([trial.values[index] for trial in trials], study.directions[index])
+    values, direction = [trial.values[index] for trial in every], study.directions[index]
+    axis = limits(values, direction)
+    far = _cut_off(values, axis)
+    close, few = between(study, index, axis), between(few, index, axis)
     target: dict[str, Any] = {"target_name": name}
     if suffix:  # with one objective Optuna knows which direction is good
         target["target"] = partial(_value_of, index)
     optunas = partial(_picture, study, suffix, title)
     return [
         Picture(f"history{suffix}", f"Optimisation history{title}",
-                "One dot per complete trial; the line is the best value so far."
-                + _cut_off(trials, index, axis),
-                partial(_history, study, index, name, _value_axis("y", axis))),
-        optunas("slice", "Slice", f"The value over each parameter alone; darker is later.{rest}",
-                "plot_slice", _value_axis("y", axis), panels=len(many), params=many,
+                f"One dot per complete trial; the line is the best value so far.{some_of}{far}",
+                partial(_history, study, index, name, value_axis("y", axis))),
+        optunas("slice", "Slice",
+                f"The value over each parameter alone; darker is later{rest}.{some_of}{far}",
+                "plot_slice", value_axis("y", axis), panels=len(many), params=many,
                 size=(max(2.1 * len(many), 4), 3.4), **target),
-        optunas("parallel", "Parallel coordinates",
-                f"One line per complete trial, dark where good; drag an axis to choose.{rest}",
-                "plot_parallel_coordinate", panels=len(many) // 2 + 1, params=many,
+        _picture(close, suffix, title, "parallel", "Parallel coordinates",
+                 f"One line per complete trial, dark where good{rest}."
+                 f"{some_of}{far.replace('worse than the axis shows', 'worse than that')}",
+                "plot_parallel_coordinate", _without_grid, panels=len(many) // 2 + 1, params=many,
                 size=(10, 4.5), **target),
         optunas("importances", "Importance of the parameters",
-                f"How much of the difference between {number} complete trials each parameter "
-                f"explains.{rest}",
+                f"How much of the difference between {of} complete trials each parameter "
+                f"explains{rest}.",
                 "plot_param_importances", least=LEAST, params=many,
                 **target | ({"target": _low_is_good(study, index)} if suffix else {})),
         _picture(few, suffix, title, "contour", "Contour",
-                 f"The value over two of {', '.join(some)}; from {len(complete(few))} trials.",
+                 f"The value over two of {', '.join(some)}; from {len(complete(few))} of "
+                 f"{len(every)} trials.",
                  "plot_contour", _tidy_contours, least=LEAST, panels=len(some), params=some,
                  size=(10, 9), **target),
-        optunas("edf", "Empirical distribution",
-                f"The share of {number} complete trials that reached a value, or a better one.",
-                "plot_edf", _value_axis("x", axis), **target),
+        Picture(f"edf{suffix}", f"Empirical distribution{title}",
+                f"The share of {len(every)} complete trials that reached a value, or a better one."
+                + far, partial(distribution, {"complete": values}, direction, name,
+                              value_axis("x", axis))),
     ]  # fmt: skip
 
 
@@ -145,12 +172,12 @@ def limits(values: Sequence[float], direction: StudyDirection) -> Limits:
     return min(ends), max(ends)
 
 
-def _cut_off(trials: Sequence[FrozenTrial], index: int, axis: Limits) -> str:
-    outside = sum(not axis[0] <= t.values[index] <= axis[1] for t in trials) if axis else 0
+def _cut_off(values: Sequence[float], axis: Limits) -> str:
+    outside = sum(not axis[0] <= value <= axis[1] for value in values) if axis else 0
     return f"  {outside} trials are worse than the axis shows." if outside else ""
 
 
-def _value_axis(which: str, ends: Limits) -> Callable[[Any], None]:
+def value_axis(which: str, ends: Limits) -> Callable[[Any], None]:
     """Return what gives the axis of the values, x or y, the same ends in all pictures."""
 
     def change(drawn: Any) -> None:
@@ -184,6 +211,12 @@ def _picture(
     return Picture(f"{name}{suffix}", f"{title}{objective}", says, draw, panels, size)
 
 
+def _without_grid(drawn: Any) -> None:
+    if hasattr(drawn, "figure"):  # matplotlib's: an axis stands on each parameter
+        for axes in drawn.figure.axes:
+            axes.grid(False)
+
+
 def _tidy_contours(drawn: Any) -> None:
     """Colours alone: over hundreds of values of one parameter the lines are a black area."""
     if hasattr(drawn, "update_traces"):
@@ -198,12 +231,13 @@ def _tidy_contours(drawn: Any) -> None:
                 collection.set_visible(False)
 
 
-def _pareto(study: optuna.Study, names: Sequence[str]) -> Picture:
-    says = "Every complete trial; the front are those that no other trial beats in all objectives."
+def _pareto(study: optuna.Study, names: Sequence[str], some_of: str) -> Picture:
+    says = "The front are the complete trials that no other one beats in all objectives."
     options: dict[str, Any] = {"target_names": names}
     if len(names) > 3:  # Optuna draws two or three objectives: take the first two
         options = {"target_names": names[:2], "targets": lambda trial: trial.values[:2]}
-    return _picture(study, "", "", "pareto", "Pareto front", says, "plot_pareto_front", **options)
+    return _picture(study, "", "", "pareto", "Pareto front", says + some_of, "plot_pareto_front",
+                    panels=5, **options)  # fmt: skip
 
 
 def _value_of(objective: int, trial: FrozenTrial) -> float:
@@ -254,7 +288,7 @@ def _curves(study: optuna.Study, name: str) -> Picture:
         states = [state for state in COLOURS if any(trial.state == state for trial in shown)]
         drawn = draw_lines(module, [_curve(state, shown) for state in states], "step", name)
         reported = [v for t in shown for v in t.intermediate_values.values() if fits_an_axis(v)]
-        _value_axis("y", limits(reported, study.directions[0]))(drawn)
+        value_axis("y", limits(reported, study.directions[0]))(drawn)
         return drawn
 
     says = f"What each trial reported, after each epoch: one line per trial.{some}"
@@ -276,7 +310,12 @@ def _curve(state: TrialState, trials: Sequence[FrozenTrial]) -> Line:
 def timeline_picture(study: optuna.Study) -> Picture:
     """Return the picture of who ran what when."""
     says = "Which worker ran which trial when: gaps are time in which it had nothing to do."
-    return Picture("timeline", "Timeline per worker", says, partial(timeline, study))
+    found = bars(study, datetime.now())
+    if len(found) > MOST_BARS:
+        says += f"  Drawn are the latest {MOST_BARS} of {len(found)} trials."
+    height = max(PAPER[1], min(0.15 * len({bar.worker for bar in found}), 9))
+    size = PAPER[0], height
+    return Picture("timeline", "Timeline per worker", says, partial(timeline, study), size=size)
 
 
 def _utilisation(study: optuna.Study) -> Picture:

@@ -30,6 +30,14 @@ def drawable(study: optuna.Study, most: int = MOST) -> optuna.Study:
     return _with_trials(study, [_tidied(trial, cut_label) for trial in chosen])
 
 
+def between(drawn: optuna.Study, objective: int, ends: tuple[float, float] | None) -> optuna.Study:
+    """Return the same study without values beyond `ends`: one would take all colours."""
+    if ends is None:
+        return drawn
+    low, high = ends
+    return _with_trials(drawn, [t for t in complete(drawn) if low <= t.values[objective] <= high])
+
+
 def for_matplotlib(drawn: optuna.Study) -> optuna.Study:
     """Return the same study with names and choices in which a $ begins no formula."""
     texts = [str(part) for t in complete(drawn) for pair in t.params.items() for part in pair]

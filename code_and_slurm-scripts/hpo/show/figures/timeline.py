@@ -16,6 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.show.figures.chart import Line, draw_lines
 
 MOST_BARS = 1000
+MOST_HEIGHT = 740  # pixels of all workers: with its title it is on one sheet of paper
+MOST_NAMES = 60  # of workers, beside a picture of a sheet's height
 SLOTS = 300  # of the picture of utilisation
 COLOURS = {
     TrialState.COMPLETE: "#1f77b4",
@@ -113,7 +115,8 @@ def _plotly_timeline(found: list[Bar]) -> Any:
             )  # fmt: skip
     workers = list(dict.fromkeys(bar.worker for bar in found))
     figure.update_layout(
-        barmode="overlay", bargap=0.15, height=160 + 28 * len(workers), showlegend=True,
+        barmode="overlay", bargap=0.15, showlegend=True,
+        height=160 + min(28 * len(workers), MOST_HEIGHT),
         xaxis={"type": "date"},
         yaxis={"categoryorder": "array", "categoryarray": workers[::-1], "automargin": True},
     )  # fmt: skip
@@ -138,7 +141,8 @@ def _matplotlib_timeline(found: list[Bar]) -> Any:
             rows = [workers.index(bar.worker) for bar in mine]
             axes.barh(rows, days, left=starts, color=colour, label=state.name.lower(),
                       edgecolor="white", linewidth=0.3)  # fmt: skip
-    axes.set_yticks(range(len(workers)), [worker.replace("$", r"\$") for worker in workers])
+    every = range(0, len(workers), len(workers) // MOST_NAMES + 1)
+    axes.set_yticks(every, [workers[row].replace("$", r"\$") for row in every])
     axes.invert_yaxis()
     axes.xaxis_date()
     axes.figure.autofmt_xdate()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -193,10 +194,24 @@ def test_trial_of_a_killed_worker_is_run_by_the_one_that_waits(own_study: Path) 
     killed.communicate()
 
 
+def freeze(worker: subprocess.Popen[str], path: Path) -> None:
+    """Stop a process, but not while it has the lock of its study, for which others wait."""
+    while True:
+        worker.send_signal(signal.SIGSTOP)
+        with closing(sqlite3.connect(path, timeout=1, isolation_level=None)) as database:
+            try:
+                database.execute("BEGIN EXCLUSIVE")
+                database.execute("ROLLBACK")
+            except sqlite3.OperationalError:
+                worker.send_signal(signal.SIGCONT)
+            else:
+                return
+
+
 def test_frozen_worker_is_told_that_its_trial_is_not_its_own(own_study: Path) -> None:
     frozen = start(BEHAVIOUR="slow", TOTAL_TRIALS="1", LEASE_GRACE="1")
     wait_for(TrialState.RUNNING, own_study)
-    frozen.send_signal(signal.SIGSTOP)
+    freeze(frozen, own_study)
     other = start(TOTAL_TRIALS="1", LEASE_GRACE="1")
     output, _ = other.communicate(timeout=60)
     assert other.returncode == 0, output

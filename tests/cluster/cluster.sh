@@ -29,6 +29,7 @@ export CLUSTER_CACHE=${CLUSTER_CACHE:-/var/cache/optuna-turpan-cluster}
 export CLUSTER_STATE=${CLUSTER_STATE:-/var/lib/optuna-turpan-cluster}
 HOSTS=(controller n{1..6} m1)
 ORDINARY_USER=chercheur
+COLLEAGUE=collegue                                                     # of the same group; host.sh makes this user
 IMAGE=conteneurs/sessions-interactives/pytorch-24.02-py3-calmip-si.sif # below /work
 
 # shellcheck source=tests/cluster/storage.sh
@@ -187,10 +188,12 @@ make_shared() {
             cp "$CLUSTER_CACHE/image.sif" "$shared/work/$IMAGE"
     }
     local folder
-    for folder in "work/groupe/$ORDINARY_USER" "tmpdir/$ORDINARY_USER" "users/groupe/$ORDINARY_USER"; do
+    for folder in {work/groupe,tmpdir,users/groupe}/"$ORDINARY_USER"; do
         mkdir -p "$shared/$folder"
         chown 1000:1000 "$shared/$folder"
     done
+    mkdir -p "$shared/users/groupe/$COLLEAGUE"
+    chown 1001:1000 "$shared/users/groupe/$COLLEAGUE"
 }
 
 start_all() {

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,14 @@ class Bundle:
     def submit(self, *options: str, script: str = SCRIPT, **variables: str) -> int:
         """Submit the script; the environment and options of sbatch are all that differs."""
         return self.cluster.sbatch(*options, script, folder=self.scripts, **{**QUICK, **variables})
+
+    def submit_as(self, user: str, **variables: str) -> int:
+        """Submit the script, on one node, as one of several users who share the folder."""
+        names = [f"{name}={value}" for name, value in {**QUICK, **variables}.items()]
+        command = ("env", *names, "sbatch", "--parsable", "--nodes=1", SCRIPT)
+        options = ("--user", user, "--cd", self.scripts)
+        shell = ("bash", "-c", 'umask 002 && exec "$@"', "bash")
+        return int(self.cluster.run("login", *shell, *command, options=options).stdout)
 
     def edit_header(self, alternative: str) -> str:
         """Take the header's alternative that stands commented under a line; return the script."""
@@ -294,6 +302,35 @@ def test_two_jobs_share_a_study(bundle: Bundle) -> None:
     bundle.done("two jobs at once, one study", jobs, start)
 
 
+def test_two_users_of_a_group(bundle: Bundle) -> None:
+    """OTHER_SITE.txt's way to share a study: both work at once, and take nothing from each other.
+
+    No trial goes on before both have one.
+    """
+    start, cluster = time.monotonic(), bundle.cluster
+    homes = cluster.shared / "users" / "groupe"
+    packages = (str(homes / "chercheur" / ".local"), str(homes / "collegue" / ".local"))
+    subprocess.run(["cp", "--archive", "--link", *packages], check=True)
+    met = 'open(f"met-{os.getuid()}", "w").close(), [time.sleep(0.2) for _ in range(1500)'
+    both = 'if len(glob.glob("met-*")) < 2]'
+    bundle.insert(f"import glob, os, time; {met} {both}", before="loss, _ = evaluate(")
+    page = cluster.read(f"{bundle.scripts}/OTHER_SITE.txt")
+    commands = "\n".join(re.findall(r"^    (chgrp .*|find .*)$", page, re.M))
+    assert commands.count("\n") == 1, page
+    commands = commands.replace("mygroup", "groupe")
+    cluster.run("login", "bash", "-ec", commands, options=["--cd", bundle.folder])
+    jobs = [bundle.submit_as(user, TOTAL_TRIALS="10") for user in ("chercheur", "collegue")]
+    for job in jobs:
+        bundle.finish(job)
+    bundle.done("two users of a group, one study", jobs, start, total=10)
+    assert [list(bundle.workers(job)) for job in jobs] == [[0, 1], [0, 1]]
+    logs = [bundle.log(job, worker) for job in jobs for worker in (0, 1)]
+    assert "back to the queue" not in "".join(logs)
+    find = ("find", ".", "-not", "-type", "l", "-not", "-perm", "-g+w")
+    closed = cluster.run("login", *find, options=["--cd", bundle.folder]).stdout
+    assert closed == ""
+
+
 def test_broken_locks(bundle: Bundle) -> None:
     """Where locks hold on one host only, the job serves the study."""
     start = time.monotonic()
@@ -415,10 +452,34 @@ def test_larger_model(bundle: Bundle) -> None:
     assert bundle.workers(both) == {0: "n1", 1: "n2"}
 
 
+@contextmanager
+def full_home(cluster: Cluster, *hosts: str) -> Iterator[None]:
+    """HOME has no room for a byte on these hosts, within this context."""
+    fill = f"""
+        mkdir -p /srv/home
+        mount -t tmpfs -o size=64k tmpfs /srv/home
+        mkdir /srv/home/upper /srv/home/work
+        chown {cluster.user} /srv/home/upper
+        ! cat /dev/zero >/srv/home/filler
+        layers=lowerdir={cluster.home},upperdir=/srv/home/upper,workdir=/srv/home/work
+        mount -t overlay overlay -o $layers {cluster.home}
+    """
+    options = ["--user", "root", "--cd", "/"]
+    try:
+        for host in hosts:
+            cluster.run(host, "bash", "-ec", fill, options=options)
+            write = ("bash", "-c", "echo text >~/note")
+            assert "No space left" in cluster.run(host, *write, check=False).stderr
+        yield
+    finally:
+        for host in hosts:
+            cluster.run(host, "umount", "-l", cluster.home, "/srv/home", options=options)
+
+
 def test_another_site(bundle: Bundle) -> None:
     """The header of OTHER_SITE.txt, and the Python of a module in the place of a container.
 
-    No file is for others to read, and the site sets a TMPDIR that is not there.
+    No file is for others to read, the site sets a TMPDIR that is not there, and HOME is full.
     """
     start = time.monotonic()
     here = bundle.cluster.shared / bundle.scripts.lstrip("/")
@@ -434,8 +495,9 @@ def test_another_site(bundle: Bundle) -> None:
     command = f"exec apptainer exec --bind /work {bundle.cluster.image} python"
     python.write_text(f'#!/bin/bash\n{command} "$@"\n')
     python.chmod(0o755)
-    job = bundle.submit(script="ours.sh", CONTAINER="", TOTAL_TRIALS="3", BINDS="/none")
-    bundle.finish(job)
+    with full_home(bundle.cluster, "n1", "n2"):
+        job = bundle.submit(script="ours.sh", CONTAINER="", TOTAL_TRIALS="3", BINDS="/none")
+        bundle.finish(job)
     bundle.done("another site, without a container", [job], start, total=3)
     assert (bundle.cluster.job(job)["Partition"], list(bundle.workers(job))) == ("gpu", [0, 1])
     assert (here / "study.db").stat().st_mode & 0o077 == 0

@@ -31,7 +31,7 @@ from hpo.site import Patience, wait_inside
 from hpo.study import copying
 from hpo.study.engines import EngineError, postgresql, unanswered
 from hpo.study.engines.postgresql import PostgreSQL
-from hpo.study.held import LeaseLost, NoTrialLeft
+from hpo.study.leases import LeaseLost, NoTrialLeft
 from hpo.study.opening import create_or_open_study, open_study
 from hpo.study.storage import StudyStorage
 from hpo.study.trials import count
@@ -265,6 +265,31 @@ def test_statements_of_a_trial(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     study.tell(trial, train(trial))
     assert seen.count("COMMIT") == 6
     assert len(seen) < 45
+
+
+@pytest.mark.parametrize(("wait", "counts"), [(0.0, (7, 10)), (600.0, (2, 7))])
+def test_statements_of_a_trial_with_tpe(
+    path: Path, monkeypatch: pytest.MonkeyPatch, wait: float, counts: tuple[int, int]
+) -> None:
+    """Reports that come less than `wait` seconds apart share a transaction."""
+    study = open_path(path, wait=wait)
+    study.sampler = optuna.samplers.TPESampler(seed=0)
+    study.pruner = optuna.pruners.MedianPruner()
+
+    def run(trials: int) -> None:
+        for _ in range(trials):
+            trial = study.ask()
+            lr = suggest(trial)["lr"]
+            for step in range(4):
+                trial.report(lr + step, step)
+                trial.should_prune()
+            study.tell(trial, lr)
+
+    run(12)
+    seen = _count(monkeypatch)
+    run(4)
+    selects = sum(sql.lstrip().startswith(("SELECT", "WITH")) for sql in seen)
+    assert (seen.count("COMMIT"), selects) == (4 * counts[0], 4 * counts[1])
 
 
 # ---- a process that dies -------------------------------------------------------------------

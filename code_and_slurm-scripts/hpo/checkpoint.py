@@ -60,6 +60,7 @@ from hpo.saving import background, trial_files
 from hpo.saving.states import put_back, put_back_random, random_states, state_of
 from hpo.saving.trial_files import State, folder_path, tidy, weights_path
 from hpo.settings import Settings, UserError
+from hpo.study.upkeep import put_back_reports, waiting_reports, write_at_once
 from hpo.words import logger
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def load(
     for name, thing in things.items():
         put_back(name, thing, state["states"][name])
     put_back_random(state["random"])
+    put_back_reports(trial, state.get("reports", {}))
     losses: list[float] = state["losses"]
     return losses
 
@@ -161,7 +163,9 @@ def save(
 
     def content() -> State:
         states = {name: state_of(name, thing) for name, thing in things.items()}
-        found = {"losses": epochs, "states": states, "random": random_states()}
+        # What is in no database yet: a worker that is killed would leave a gap in the curve.
+        reports = waiting_reports(trial)
+        found = {"losses": epochs, "states": states, "random": random_states(), "reports": reports}
         return found if weights is None else {**found, "weights": weights}
 
     recent = _Clock.number == trial.number and time.monotonic() - _Clock.seconds < every
@@ -179,6 +183,7 @@ def folder(trial: optuna.Trial) -> Path:
 
     It goes when the trial is finished, but for the best trials (KEEP_BEST).
     """
+    write_at_once(trial)
     path = folder_path(Settings.from_env(), trial.number)
     path.mkdir(parents=True, exist_ok=True)
     return path

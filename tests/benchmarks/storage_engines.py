@@ -51,7 +51,7 @@ class Engine:
         pass
 
     def storage(self, rank: int) -> BaseStorage:
-        return StudyStorage(self.path, worker=f"worker {rank}")
+        return StudyStorage(self.path, worker=f"worker {rank}", wait=StudyStorage.WAIT)
 
     def study(self, rank: int, sampler: BaseSampler) -> optuna.Study:
         return optuna.load_study(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from bisect import insort
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -82,17 +83,33 @@ class TrialCache:
         self._selected: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
         # What was read besides, as long as the file is as it was in this version.
         self._version: Version | None = None
+        self._looked = -math.inf  # when, by time.monotonic()
         self._others: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
 
     def count(self) -> int:
         """Return how many trials the study has, as far as they were read."""
         return len(self.finished) + len(self._unfinished)
 
-    def read(self, file: Engine, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+    def read(
+        self, file: Engine, states: tuple[TrialState, ...], max_age: float = 0.0
+    ) -> list[FrozenTrial]:
         """Read what can have changed; return the trials in `states`, in order.
 
+        Nothing is read if that was done less than `max_age` seconds ago.
         Raises KeyError if there is no such study.
         """
+        if states not in self._others or time.monotonic() - self._looked >= max_age:
+            self._look(file, states)
+        if states not in self._selected:
+            finished = sorted(self.finished.values(), key=BY_ID)
+            self._selected[states] = [trial for trial in finished if trial.state in states]
+        trials = self._selected[states].copy()
+        for trial in self._others[states]:
+            insort(trials, trial, key=BY_ID)
+        return trials
+
+    def _look(self, file: Engine, states: tuple[TrialState, ...]) -> None:
+        self._looked = time.monotonic()
         known = self._version if states in self._others else None
         full = [state for state in TrialState if state in states or state in FINISHED]
         sql, args = question(full, list(self._unfinished), self._last, self.study_id)
@@ -102,13 +119,6 @@ class TrialCache:
             self._others.clear()
         if rows is not None:
             self._others[states] = [t for t in self._take_in(rows) if t.state in states]
-        if states not in self._selected:
-            finished = sorted(self.finished.values(), key=BY_ID)
-            self._selected[states] = [trial for trial in finished if trial.state in states]
-        trials = self._selected[states].copy()
-        for trial in self._others[states]:
-            insort(trials, trial, key=BY_ID)
-        return trials
 
     def _take_in(self, rows: list[tuple[Any, ...]]) -> list[FrozenTrial]:
         """Remember what was read; return the trials that are not finished."""

@@ -2,15 +2,23 @@
 
 A claim gives a lease (leases.py).  Each write here renews it and checks it in the same transaction:
 a worker that was taken for dead, and whose trial another one has, can write no more.
+
+Short epochs share a transaction: a report, or an attribute of the sampler's or the pruner's, that
+comes less than `wait` seconds after the trial's last write stays in memory until then, and a thread
+writes it; any other write of the trial, its end and its return among them, takes it along.  So it
+is in the file `wait` seconds later at most, and at once where epochs are longer.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
+import threading
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -20,54 +28,47 @@ from optuna.distributions import (
     check_distribution_compatibility,
     distribution_to_json,
 )
-from optuna.exceptions import OptunaError, UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.study import tables
 from hpo.study.cache import BY_ID, TrialCache, parse_distribution, read_trial
 from hpo.study.engines import LOCK, Engine, Transaction
-from hpo.study.leases import Leases
+from hpo.study.leases import LeaseLost, Leases
 from hpo.study.optuna_private import trial_id as id_of
 from hpo.study.optuna_private import with_trial_id
 from hpo.words import to_json
 
 
-class NoTrialLeft(OptunaError, KeyError):
-    """The study has all of its trials; some of them may still be running elsewhere.
-
-    A KeyError, because Optuna's gRPC server hands on no other one of a new trial.
-    """
-
-
-class LeaseLost(UpdateFinishedTrialError):
-    """The trial is no longer this worker's: it was returned to the queue, or finished elsewhere.
-
-    Nothing was written, and nothing more can be: drop the trial.
-    """
-
-
 @dataclass
 class _Held:
-    """A trial as it is now, and the parameters not yet in the file."""
+    """A trial as it is now, and the statements that are not yet in the file."""
 
     study_id: int
     trial: FrozenTrial
     reports: int  # that it had when it was claimed
-    unwritten: dict[str, tuple[float, BaseDistribution]] = field(default_factory=dict)
+    wait: float  # seconds that they may wait
+    unwritten: dict[tuple[str, Any], tuple[str, Sequence[Any]]] = field(default_factory=dict)
+    written: float = field(default_factory=time.monotonic)  # when, the last time
+    later: bool = False  # whether a thread is about to write them
+    pid: int = field(default_factory=os.getpid)  # a forked child has no such thread
 
 
 class HeldTrials:
     """This worker's trials, in memory and in the file."""
 
     def __init__(
-        self, file: Engine, leases: Leases, worker: str, caches: dict[int, TrialCache]
+        self,
+        file: Engine,
+        leases: Leases,
+        worker: str,
+        caches: dict[int, TrialCache],
+        wait: float = 0.0,
     ) -> None:
         self._file, self._leases, self._worker, self._caches = file, leases, worker, caches
+        self._wait = wait  # seconds
         self._held: dict[int, _Held] = {}
         self._distributions: dict[tuple[int, str], BaseDistribution] = {}
-
-    def _hold(self, study_id: int, trial: FrozenTrial) -> None:
-        self._held[id_of(trial)] = _Held(study_id, trial, len(trial.intermediate_values))
 
     def add(self, db: Transaction, study_id: int, trial: FrozenTrial, mine: bool) -> None:
         """Insert a trial, and take its lease if it is this worker's."""
@@ -75,9 +76,10 @@ class HeldTrials:
         if mine:
             self._leases.take(db, id_of(trial))
 
-    def hold_new(self, study_id: int, trial: FrozenTrial) -> None:
+    def hold(self, study_id: int, trial: FrozenTrial) -> None:
         """Keep a trial in memory whose transaction has ended well."""
-        self._hold(study_id, trial)
+        reports = len(trial.intermediate_values)
+        self._held[id_of(trial)] = _Held(study_id, trial, reports, self._wait)
 
     def claim(self, trial_id: int) -> bool:
         """Take a waiting trial, with its lease; False if somebody else was faster.
@@ -98,7 +100,7 @@ class HeldTrials:
                     if claimed:
                         self._leases.take(db, trial_id)
                 if claimed:
-                    self._hold(rows[0][1], read_trial(self._file, trial_id))
+                    self.hold(rows[0][1], read_trial(self._file, trial_id))
                     return True
         if TrialState[rows[0][0]].is_finished():
             raise UpdateFinishedTrialError(f"Trial {trial_id} is finished: it cannot be changed.")
@@ -114,10 +116,8 @@ class HeldTrials:
         """
         if self._leases.renew(db, trial_id):
             held = self._held.get(trial_id)
-            for name, (value, distribution) in (held.unwritten if held else {}).items():
-                db.execute(
-                    tables.SET_PARAM, (trial_id, name, value, distribution_to_json(distribution))
-                )
+            for sql, args in (held.unwritten if held else {}).values():
+                db.execute(sql, args)
             return
         self._file.lock(db, "trials", trial_id)
         row = db.execute(
@@ -136,22 +136,22 @@ class HeldTrials:
 
     @contextmanager
     def _change(self, trial_id: int, **changes: Any) -> Iterator[Transaction]:
-        """Give one transaction; then note in memory what it wrote.
-
-        To a copy of the trial: readers keep the old one.
-        """
+        """Give one transaction; then note in memory what it wrote."""
         with LOCK:
             with self._file.write() as db:
                 self._begin_change(db, trial_id)
                 yield db
             if (held := self._held.get(trial_id)) is None:
                 return
-            held.unwritten = {}
+            held.unwritten, held.written = {}, time.monotonic()
             if cache := self._caches.get(held.study_id):
                 cache.ignore_own_write()
-            held.trial = copy.copy(held.trial)
-            for name, entries in changes.items():
-                setattr(held.trial, name, {**getattr(held.trial, name), **entries})
+            self._note(held, **changes)
+
+    def _note(self, held: _Held, **changes: Any) -> None:
+        held.trial = copy.copy(held.trial)  # readers keep the old one
+        for name, entries in changes.items():
+            setattr(held.trial, name, {**getattr(held.trial, name), **entries})
 
     @contextmanager
     def _last_change(self, trial_id: int) -> Iterator[Transaction]:
@@ -167,20 +167,78 @@ class HeldTrials:
             self._held.pop(trial_id, None)
 
     def renew(self, trial_id: int) -> None:
-        """Renew the lease, and write the parameters if they wait for a report. Raises LeaseLost."""
+        """Renew the lease, and write what waits. Raises LeaseLost."""
         with self._change(trial_id):
             pass
 
     def set_report(self, trial_id: int, step: int, value: float) -> None:
-        """Write an intermediate value."""
-        with self._change(trial_id, intermediate_values={step: float(value)}) as db:
-            db.execute(tables.SET_REPORT, (trial_id, step, *tables.to_stored(value)))
+        """Write an intermediate value, now or with what comes later."""
+        args = (trial_id, step, *tables.to_stored(value))
+        change = {"intermediate_values": {step: float(value)}}
+        self._set(trial_id, ("report", step), tables.SET_REPORT, args, change)
 
     def set_attribute(self, kind: str, trial_id: int, key: str, value: Any) -> None:
-        """Write a user or system attribute."""
-        stored = json.loads(to_json(value))  # as every reader of the file will see it
-        with self._change(trial_id, **{f"{kind}_attrs": {key: stored}}) as db:
-            tables.set_attribute(db, f"trial_{kind}", trial_id, key, value)
+        """Write a user attribute; a system attribute, now or with what comes later."""
+        sql = tables.SET_ATTRIBUTE.format(kind=f"trial_{kind}", id="trial_id")
+        text = to_json(value)
+        change = {f"{kind}_attrs": {key: json.loads(text)}}  # as every reader will see it
+        self._set(trial_id, (kind, key), sql, (trial_id, key, text), change)
+
+    def _set(
+        self,
+        trial_id: int,
+        what: tuple[str, Any],
+        sql: str,
+        args: Sequence[Any],
+        change: dict[str, Any],
+    ) -> None:
+        with LOCK:
+            held = self._held.get(trial_id)
+            if held and what[0] != "user" and self._may_wait(held):
+                held.unwritten[what] = (sql, args)
+                self._note(held, **change)
+                return
+            with self._change(trial_id, **change) as db:
+                db.execute(sql, args)
+
+    def _may_wait(self, held: _Held) -> bool:
+        """Whether the trial was written a moment ago; then a thread will write what follows."""
+        left = held.written + held.wait - time.monotonic()
+        if left <= 0 or held.pid != os.getpid():
+            return False
+        if not held.later:
+            held.later = True
+            thread = threading.Timer(left, self._write_later, (held,))
+            thread.daemon = True
+            thread.start()
+        return True
+
+    def _write_later(self, held: _Held) -> None:
+        with LOCK:
+            held.later = False
+            if held.unwritten and self._held.get(id_of(held.trial)) is held:
+                # If it fails, the worker's next write does, too: that one can say so.
+                with suppress(UpdateFinishedTrialError, StorageInternalError):
+                    self.renew(id_of(held.trial))
+
+    def write_at_once(self, trial_id: int) -> None:
+        """Let nothing of a trial wait from now on. Raises LeaseLost."""
+        with LOCK:
+            if (held := self._held.get(trial_id)) is not None:
+                held.wait = 0.0
+                if held.unwritten:
+                    self.renew(trial_id)
+
+    def waiting_reports(self, trial_id: int) -> dict[int, float]:
+        """Return the reports of a trial that are in memory alone, by their step."""
+        held = self._held.get(trial_id)
+        steps = [step for kind, step in held.unwritten if kind == "report"] if held else []
+        return {step: held.trial.intermediate_values[step] for step in steps} if held else {}
+
+    def patience(self, study_id: int) -> float:
+        """Return how old, in seconds, what the pruner is told of a study's trials may be."""
+        waits = [held.wait for held in self._held.values() if held.later]
+        return max(waits, default=0.0)
 
     def set_param(
         self, trial_id: int, name: str, value: float, distribution: BaseDistribution
@@ -192,7 +250,8 @@ class HeldTrials:
             if held is not None:
                 self._check_distribution(held.study_id, name, distribution)
                 if name not in held.trial.params:
-                    held.unwritten[name] = (value, distribution)
+                    args = (trial_id, name, value, distribution_to_json(distribution))
+                    held.unwritten["param", name] = (tables.SET_PARAM, args)
                     trial = held.trial = copy.copy(held.trial)
                     trial.params = {**trial.params, name: distribution.to_external_repr(value)}
                     trial.distributions = {**trial.distributions, name: distribution}
@@ -255,27 +314,6 @@ class HeldTrials:
         if self._worker:
             trial.user_attrs = {**trial.user_attrs, "worker": self._worker}
         return trial
-
-    def retry_failed(self, study_id: int) -> list[int]:
-        """Make all FAIL trials of a study WAITING; return their numbers."""
-        failed = "SELECT trial_id FROM trials WHERE study_id = ? AND state = 'FAIL'"
-        with self._file.write() as db:
-            self._file.lock(db, "studies", study_id)
-            rows = db.execute(
-                f"SELECT number FROM trials WHERE trial_id IN ({failed})", (study_id,)
-            )
-            numbers = [int(number) for (number,) in rows]
-            db.execute(
-                "DELETE FROM trial_user_attributes WHERE key IN ('fail_reason', 'worker') "
-                f"AND trial_id IN ({failed})",
-                (study_id,),
-            )
-            db.execute(
-                "UPDATE trials SET state = 'WAITING', datetime_complete = NULL "
-                f"WHERE trial_id IN ({failed})",
-                (study_id,),
-            )
-        return sorted(numbers)
 
     # ---- reads -----------------------------------------------------------------------------
 

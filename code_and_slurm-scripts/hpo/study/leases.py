@@ -17,6 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from hpo.study import tables as tables
@@ -29,8 +30,10 @@ RENEW = """UPDATE leases SET counter = counter + 1 WHERE trial_id = ? AND owner 
 AND EXISTS (SELECT 1 FROM trials t WHERE t.trial_id = leases.trial_id AND state = 'RUNNING')"""
 STOP = f"{RENEW} AND counter = ?"
 FREE = "UPDATE leases SET owner = NULL, attempts = attempts + ? WHERE trial_id = ?"
-RUNNING = """SELECT trial_id, number, owner, counter, job_id FROM leases
-JOIN trials USING (trial_id) WHERE study_id = ? AND state = 'RUNNING' AND owner IS NOT NULL"""
+# CROSS JOIN: first the leases, which are few, and SQLite goes through no list of all trials.
+RUNNING = """SELECT leases.trial_id, number, owner, counter, job_id FROM leases CROSS JOIN trials
+WHERE trials.trial_id = leases.trial_id AND study_id = ? AND state = 'RUNNING'
+AND owner IS NOT NULL"""
 
 
 ROWS = """SELECT number, owner, job_id, host, counter, attempts FROM leases
@@ -38,6 +41,20 @@ JOIN trials USING (trial_id) WHERE study_id = ?"""
 INSERT = """INSERT INTO leases (trial_id, owner, job_id, host, counter, attempts)
 VALUES (?, ?, ?, ?, ?, ?)"""
 NOBODYS = ("nobody/copied", "", "", 0, 0)
+
+
+class NoTrialLeft(OptunaError, KeyError):
+    """The study has all of its trials; some of them may still be running elsewhere.
+
+    A KeyError, because Optuna's gRPC server hands on no other one of a new trial.
+    """
+
+
+class LeaseLost(UpdateFinishedTrialError):
+    """The trial is no longer this worker's: it was returned to the queue, or finished elsewhere.
+
+    Nothing was written, and nothing more can be: drop the trial.
+    """
 
 
 def rows(file: Engine, study_id: int) -> dict[int, tuple[Any, ...]]:
@@ -167,3 +184,23 @@ class Leases:
                 return False
             self.give_back(db, lease.trial_id, crashed=crashed, advanced=not crashed)
             return True
+
+
+def retry_failed(file: Engine, study_id: int) -> list[int]:
+    """Make all FAIL trials of a study WAITING; return their numbers."""
+    failed = "SELECT trial_id FROM trials WHERE study_id = ? AND state = 'FAIL'"
+    with file.write() as db:
+        file.lock(db, "studies", study_id)
+        rows = db.execute(f"SELECT number FROM trials WHERE trial_id IN ({failed})", (study_id,))
+        numbers = [int(number) for (number,) in rows]
+        db.execute(
+            "DELETE FROM trial_user_attributes WHERE key IN ('fail_reason', 'worker') "
+            f"AND trial_id IN ({failed})",
+            (study_id,),
+        )
+        db.execute(
+            "UPDATE trials SET state = 'WAITING', datetime_complete = NULL "
+            f"WHERE trial_id IN ({failed})",
+            (study_id,),
+        )
+    return sorted(numbers)

@@ -3,8 +3,8 @@
 The tables are Optuna's own, so stock Optuna, its dashboard or a stock worker may use them at the
 same time. What differs from Optuna's own storage of databases, whatever the engine (engines/):
 
-* One transaction per event, and the parameters of a trial go with its first report: 6 commits
-  for a trial with 8 parameters and 4 reports, in place of 23.
+* One transaction per event, or for several within a second (held.py): 2 commits for a trial with
+  8 parameters and 4 reports of short epochs, 6 with longer ones, in place of 23.
 * Incremental reads (cache.py): finished trials are kept in memory, and what has changed is
   one SELECT, or with SQLite none while nobody has written.
 * Atomic claims: study.ask() takes a waiting trial, or makes a new one up to `total_trials`.
@@ -34,11 +34,11 @@ from hpo.study import tables
 from hpo.study.cache import ALL, TrialCache, read_trial
 from hpo.study.engines import LOCK, Engine, Transaction
 from hpo.study.engines.sqlite_file import StudyFile
-from hpo.study.held import HeldTrials, LeaseLost, NoTrialLeft
-from hpo.study.leases import Leases
+from hpo.study.held import HeldTrials
+from hpo.study.leases import LeaseLost, Leases, NoTrialLeft, retry_failed
 from hpo.study.optuna_private import FrozenStudy
 from hpo.study.optuna_private import trial_id as id_of
-from hpo.study.studies import Studies
+from hpo.study.studies import Studies, next_number
 
 __all__ = ["LeaseLost", "NoTrialLeft", "StudyStorage"]
 
@@ -52,9 +52,12 @@ class StudyStorage(BaseStorage):
     trials the study ends with, None for no limit. `grace` is in seconds: a lease that has not
     moved for so long, on the observer's own clock, is stale. After `max_attempts` crashes, or
     returns without a new report, a trial is FAIL. `timeout` is in seconds: how long to wait for
-    the file's lock. A `readonly` one is for who may look, but not write.
+    the file's lock. A `readonly` one is for who may look, but not write. `wait` is in seconds:
+    how long a report may wait in memory for other writes of its trial (held.py).
     Raises hpo.study.engines.EngineError.
     """
+
+    WAIT = 1.0  # seconds, of a worker
 
     def __init__(
         self,
@@ -68,12 +71,13 @@ class StudyStorage(BaseStorage):
         max_attempts: int = 3,
         timeout: float = 60.0,
         readonly: bool = False,
+        wait: float = 0.0,
     ) -> None:
         if isinstance(place, (str, os.PathLike)):
             place = StudyFile(place, timeout, readonly)
         self.file: Engine = place
         self.total_trials = total_trials
-        self._worker = worker
+        self._worker, self._wait = worker, wait
         self._leases = Leases(worker, token, job_id, grace, max_attempts)
         self._studies = Studies(self.file)
         self._forget()
@@ -92,11 +96,12 @@ class StudyStorage(BaseStorage):
             grace=settings.lease_grace,
             max_attempts=settings.max_attempts,
             readonly=readonly,
+            wait=cls.WAIT,
         )
 
     def _forget(self) -> None:
         self._caches: dict[int, TrialCache] = {}
-        self._held = HeldTrials(self.file, self._leases, self._worker, self._caches)
+        self._held = HeldTrials(self.file, self._leases, self._worker, self._caches, self._wait)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy elsewhere reads for itself.
@@ -118,45 +123,39 @@ class StudyStorage(BaseStorage):
         The trials are counted in the same transaction: raises NoTrialLeft instead of going over
         `total_trials`, whatever else happens at the same time. Raises KeyError without a study.
         """
-        if self.total_trials is not None and study_id in self._caches:
+        if study_id in self._caches:
             self._check_budget(self._caches[study_id].count())  # no need to ask for the lock
-        mine = template_trial is None
-        trial = copy.deepcopy(template_trial) or tables.new_trial(datetime.now())
+        mine, trial = template_trial is None, copy.deepcopy(template_trial)
+        trial = trial or tables.new_trial(datetime.now())
         with LOCK:
             with self.file.write() as db:
                 trial.number = self._next_number(db, study_id)
                 self._held.add(db, study_id, trial, mine)
             if mine:
-                self._held.hold_new(study_id, trial)
+                self._held.hold(study_id, trial)
         return id_of(trial)
 
     def _next_number(self, db: Transaction, study_id: int) -> int:
         self.file.lock(db, "studies", study_id)
-        row = db.execute(
-            "SELECT (SELECT count(*) FROM trials t WHERE t.study_id = s.study_id) "
-            "FROM studies s WHERE study_id = ?",
-            (study_id,),
-        ).fetchone()
-        if row is None:
-            raise KeyError(f"There is no study {study_id}.")
-        self._check_budget(row[0])
-        return int(row[0])
+        number = next_number(db, study_id)
+        self._check_budget(number)
+        return number
 
     def _check_budget(self, trials: int) -> None:
         if self.total_trials is not None and trials >= self.total_trials:
             raise NoTrialLeft(f"The study has its {self.total_trials} trials.")
 
     def renew_lease(self, trial_id: int) -> None:
-        """Say that the trial is alive, and write its parameters if they wait for a report.
+        """Say that the trial is alive, and write what waits of it.
 
-        Call it from a thread several times per grace period. Raises LeaseLost.
+        A thread does so several times per grace period. Raises LeaseLost.
         """
         self._held.renew(trial_id)
 
     def return_trial(
         self, trial_id: int, *, excused: bool = False, crashed: bool = False
     ) -> TrialState:
-        """Give this worker's trial back: WAITING, with its parameters and intermediate values.
+        """Give this worker's trial back: WAITING, with its parameters and reports.
 
         FAIL instead, after `max_attempts` attempts without a new report that are not `excused`:
         the site's fault.  Returns its new state. Raises LeaseLost.
@@ -186,24 +185,21 @@ class StudyStorage(BaseStorage):
 
         Returns their numbers.
         """
-        leases = self._leases.find_owned(self.file, study_id, token)
-        return [
-            lease.number for lease in leases if self._leases.take_back(self.file, lease, crashed)
-        ]
+        own = self._leases.find_owned(self.file, study_id, token)
+        return [lease.number for lease in own if self._leases.take_back(self.file, lease, crashed)]
 
     def retry_failed(self, study_id: int) -> list[int]:
         """Put the trials that are FAIL back into the queue; return their numbers.
 
-        They keep their number, parameters and reports, and lose their reason; a trial without
-        parameters draws them anew.
+        They keep their number, parameters and reports, and lose their reason.
         """
-        numbers = self._held.retry_failed(study_id)
+        numbers = retry_failed(self.file, study_id)
         self._caches.pop(study_id, None)  # it takes finished trials for unchanging
         return numbers
 
     def count_leases(self, study_id: int) -> int:
         """Return how many trials of the study are running under a lease, here or elsewhere."""
-        return len(self._leases.held(self.file, study_id))
+        return len(self.owners(study_id))
 
     def owners(self, study_id: int) -> dict[int, str]:
         """Return the names of the workers that run a trial, by the trial's number."""
@@ -232,6 +228,14 @@ class StudyStorage(BaseStorage):
         """Report a value. Raises LeaseLost, UpdateFinishedTrialError, KeyError."""
         self._held.set_report(trial_id, step, intermediate_value)
 
+    def write_at_once(self, trial_id: int) -> None:
+        """Let no report wait from now on: another program's files must not be ahead of them."""
+        self._held.write_at_once(trial_id)
+
+    def waiting_reports(self, trial_id: int) -> dict[int, float]:
+        """Return the reports of a trial that are in memory alone, by their step."""
+        return self._held.waiting_reports(trial_id)
+
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         """Set a user attribute. Raises LeaseLost, UpdateFinishedTrialError, KeyError."""
         self._held.set_attribute("user", trial_id, key, value)
@@ -245,7 +249,6 @@ class StudyStorage(BaseStorage):
     ) -> bool:
         """Claim (RUNNING; False if it was not waiting), return (WAITING) or finish a trial.
 
-        A trial that comes back too often without a new report is FAIL instead of WAITING.
         Raises LeaseLost, UpdateFinishedTrialError, KeyError.
         """
         if state == TrialState.RUNNING:
@@ -276,11 +279,10 @@ class StudyStorage(BaseStorage):
     ) -> list[FrozenTrial]:
         """Return the trials of a study in these states, in order. Raises KeyError."""
         with LOCK:
-            # Out of the dictionary while it changes: if a signal's exception comes in between,
-            # the next call reads anew.
+            # Out of the dictionary while it changes: after a signal's exception it is read anew.
             cache = self._caches.pop(study_id, None) or TrialCache(study_id)
             wanted = tuple(state for state in ALL if states is None or state in states)
-            trials = cache.read(self.file, wanted)
+            trials = cache.read(self.file, wanted, self._held.patience(study_id))
             self._caches[study_id] = cache
             self._held.lay_over(trials)
         return copy.deepcopy(trials) if deepcopy else trials

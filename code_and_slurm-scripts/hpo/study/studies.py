@@ -19,6 +19,17 @@ from hpo.words import to_json
 
 SET_ONCE = """INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (?, ?, ?)
 ON CONFLICT (study_id, key) DO NOTHING"""
+# Trials are numbered in the order of their ids, and none is ever deleted alone: to count them all
+# would take longer with each trial, while everybody waits for the lock.
+NEXT_NUMBER = """SELECT coalesce((SELECT number + 1 FROM trials t WHERE t.study_id = s.study_id
+ORDER BY trial_id DESC LIMIT 1), 0) FROM studies s WHERE study_id = ?"""
+
+
+def next_number(db: Transaction, study_id: int) -> int:
+    """Return the number of a study's next trial: how many it has. Raises KeyError."""
+    if (row := db.execute(NEXT_NUMBER, (study_id,)).fetchone()) is None:
+        raise KeyError(f"There is no study {study_id}.")
+    return int(row[0])
 
 
 def insert_study(db: Transaction, directions: Sequence[StudyDirection], name: str) -> int:

@@ -8,12 +8,16 @@ A thread wakes several times per grace period and
 
 Only the bundle's own storage has leases and backups.  In any other one the thread writes a sign of
 life into the trial that is running, by which `return_stuck` knows those that no worker runs.
+
+Reports of short epochs may be in memory alone for a second (held.py).  What a trial saves meanwhile
+carries them, so that a worker that is killed leaves no gap in the trial's curve.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -129,3 +133,29 @@ def _signs_of_life(study: optuna.Study) -> dict[int, tuple[int, Any]]:
         for trial in study.get_trials(states=(TrialState.RUNNING,))
         if trial.number not in owned
     }
+
+
+# ---- reports that wait -----------------------------------------------------------------------
+
+
+def waiting_reports(trial: Any) -> dict[int, float]:
+    """Return the reports of a running trial that are in memory alone, by their step."""
+    storage = getattr(trial, "storage", None)  # in a process beside the worker there is none
+    return storage.waiting_reports(trial_id(trial)) if isinstance(storage, StudyStorage) else {}
+
+
+def put_back_reports(trial: Any, reports: Mapping[int, float]) -> None:
+    """Report what a worker that died had reported, where it is not in the database."""
+    storage = getattr(trial, "storage", None)
+    if not reports or not isinstance(storage, StudyStorage):
+        return
+    known = storage.get_trial(trial_id(trial)).intermediate_values
+    for step in reports.keys() - known.keys():
+        storage.set_trial_intermediate_value(trial_id(trial), step, reports[step])
+
+
+def write_at_once(trial: Any) -> None:
+    """Let no report of a trial wait from now on: something else saves it, without them."""
+    storage = getattr(trial, "storage", None)
+    if isinstance(storage, StudyStorage):
+        storage.write_at_once(trial_id(trial))

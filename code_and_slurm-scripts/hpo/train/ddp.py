@@ -37,6 +37,7 @@ from torch import Tensor, distributed, nn
 
 from hpo import gpu
 from hpo.settings import Settings, UserError, use
+from hpo.study.upkeep import write_at_once
 
 TrainModel: TypeAlias = Callable[[dict[str, Any], Any], float]  # configuration, trial
 Connection: TypeAlias = "connection.Connection[Any, Any]"
@@ -94,6 +95,7 @@ def together(train_model: TrainModel, config: dict[str, Any], trial: optuna.Tria
     number = settings.gpus_per_trial
     if number == 1:
         return train_model(config, trial)
+    write_at_once(trial)
     with tempfile.TemporaryDirectory(prefix="optuna-ddp-") as folder:
         started: list[tuple[SpawnProcess, Connection]] = []
         try:

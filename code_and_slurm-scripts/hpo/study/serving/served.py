@@ -22,8 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.settings import Settings
 from hpo.study.engines import EngineError
-from hpo.study.held import NoTrialLeft
-from hpo.study.leases import has_ended
+from hpo.study.leases import NoTrialLeft, has_ended
 from hpo.study.optuna_private import ProxyOfChannel
 from hpo.study.storage import StudyStorage
 from hpo.words import one_line

@@ -12,8 +12,8 @@ The secret and the trials cross the job's network in clear.
 
 If it dies it is started again.  It finds its own study.db.server, and goes on at the same ports,
 with the same secret, as the same owner of the leases: its workers, which wait, do not notice.  So
-nothing that a worker relies on may be in memory alone: parameters are written at once, not with
-the first report as elsewhere.
+nothing that a worker relies on may be in memory alone: parameters and reports are written at once,
+not with what comes later as elsewhere.
 
 One port per worker, because a storage has one owner and leases tell the workers apart by it.
 """
@@ -43,7 +43,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from hpo import packages
 from hpo.settings import Settings, UserError, run_script
 from hpo.study.engines import EngineError
-from hpo.study.held import NoTrialLeft
+from hpo.study.leases import NoTrialLeft
 from hpo.study.optuna_private import add_storage, study_id
 from hpo.study.serving.served import HEADER, OWN, Server, announce, find_server, server_path
 from hpo.study.storage import StudyStorage
@@ -55,6 +55,8 @@ LAST_RETURNS = 10.0  # seconds after SIGTERM: workers that got it, too, give the
 
 class _Storage(StudyStorage):
     """The storage of one worker, in the server."""
+
+    WAIT = 0.0
 
     def set_trial_param(
         self,

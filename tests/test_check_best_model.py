@@ -6,9 +6,11 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -185,6 +187,24 @@ def test_final_training_uses_every_image(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("TRAIN_IMAGES")
     optuna_mnist.train_final({**SMALL, "num_classes": 10}, 0)
     assert seen == [60_000] * 3
+
+
+@pytest.mark.parametrize("page", ["OWN_MODEL.txt", "MON_MODELE.txt"])
+def test_the_page_s_lines_open_a_study_on_a_laptop(
+    page: str, study: optuna.Study, own_study: Path, tmp_path: Path
+) -> None:
+    """As they are printed there, beside the copy alone, by a Python without the bundle."""
+    fill(study, 4)
+    study.add_trial(optuna.create_trial(value=0.001, user_attrs={"accuracy": 0.97}))
+    shutil.copy(own_study, tmp_path / "study.db.backup")
+    text = (SCRIPTS / page).read_text()
+    lines = text[text.index("    from optuna import load_study\n\n") :].split("\n\nTensorBoard")[0]
+    (tmp_path / "notebook.py").write_text(textwrap.dedent(lines))
+    command = [sys.executable, "-I", "notebook.py"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("0.001 {}\n")
+    assert "\n4 COMPLETE [0.001] {'accuracy': 0.97}\n" in said.stdout
 
 
 def test_live_view_of_many_workers_in_a_small_terminal(study: optuna.Study) -> None:

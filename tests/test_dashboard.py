@@ -20,6 +20,9 @@ from urllib.request import urlopen
 import pytest
 
 from common import HELPERS, SCRIPTS, Run
+from hpo.settings import Settings
+from hpo.study.opening import create_or_open_study
+from hpo.study.trials import best_trials
 
 OBJECTIVE = HELPERS / "objective_for_tests.py"
 TRIALS = 50  # of 0.2 s
@@ -91,3 +94,21 @@ def test_dashboard_follows_a_worker(
     summaries = json.loads(dashboard("/api/studies"))["study_summaries"]
     assert [study["study_name"] for study in summaries] == ["mnist_hpo"]
     assert hashlib.sha256(own_study.read_bytes()).hexdigest() == before
+
+
+def test_what_the_page_says_that_it_gets_wrong(
+    dashboard: Callable[[str], str], own_study: Path
+) -> None:
+    """When this fails, OWN_MODEL.txt and MON_MODELE.txt (chapter 8) say too much."""
+    study = create_or_open_study(Settings.from_env(PY_SCRIPT=str(OBJECTIVE)))
+    for value, memory in ((0.1, 1.0), (0.5, -1.0)):
+        trial = study.ask()
+        trial.set_constraint("memory", memory)
+        study.tell(trial, value)
+    assert [trial.number for trial in best_trials(study)] == [1]
+    end = time.monotonic() + 300
+    while len((seen := json.loads(dashboard("/api/studies/1")))["trials"]) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    assert [trial["number"] for trial in seen["best_trials"]] == [0]
+    assert [trial["constraints"] for trial in seen["trials"]] == [[], []]

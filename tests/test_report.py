@@ -330,6 +330,27 @@ def test_csv_has_every_trial_and_every_report(study: optuna.Study, tmp_path: Pat
         write_csv(study, Settings.from_env(), ["loss"], tmp_path / "all.csv" / "x.csv")
 
 
+def test_csv_keeps_any_text_and_runs_nothing(study: optuna.Study, tmp_path: Path) -> None:
+    texts = {
+        "plain": 'a, "b"\nc; d',
+        "français": "é Ω 中",
+        "formula": "=cmd|' /C calc'!A0",
+        "at": "@SUM(1)",
+        "minus": -1.5,
+        "=name": "+1",
+    }
+    trial = study.ask()
+    for name, text in texts.items():
+        trial.set_user_attr(name, text)
+    study.tell(trial, -2.0)
+    path, _ = write_csv(study, Settings.from_env(), ["loss"], tmp_path / "all.csv")
+    (row,) = csv.DictReader(path.open(encoding="utf-8-sig", newline=""))
+    assert float(row["loss"]) == -2.0  # numbers stay numbers
+    found = {name: row[f"user_attrs_{name}"] for name in texts}
+    changed = {"formula": "'=cmd|' /C calc'!A0", "at": "'@SUM(1)", "minus": "-1.5", "=name": "'+1"}
+    assert found == texts | changed
+
+
 def test_two_studies_side_by_side(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     other = create_or_open_study(Settings.from_env(STUDY_NAME="other", TRAIN_IMAGES="2000"))
     create_or_open_study(Settings.from_env(STUDY_NAME="up", DIRECTION="maximize"))

@@ -20,6 +20,7 @@ from hpo.words import cut, plain, to_json
 
 LOGS = SCRIPTS.parent / "logs"
 MOST_CHARACTERS = 1_200_000  # of the page's table
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins one in a spreadsheet
 Cell = Any  # a number, a text, True, False; "" where there is none
 
 
@@ -29,7 +30,8 @@ def write_csv(
     """Write the trials to `path`, and their curves beside it; return both paths.
 
     A trial has one line; of the curves each report has one: number, step, value.  UTF-8 with the
-    mark by which a spreadsheet knows it, which pandas skips.
+    mark by which a spreadsheet knows it, which pandas skips.  A text that a spreadsheet would run
+    as a formula (=, +, -, @) has a ' before it, which makes it a text there, too.
 
     Raises:
         UserError: they cannot be written.
@@ -51,10 +53,14 @@ def write_csv(
                 whole(file, durable=False) as temporary,
                 temporary.open("w", encoding="utf-8-sig", newline="") as stream,
             ):
-                csv.writer(stream).writerows(lines)
+                csv.writer(stream).writerows(map(_harmless, line) for line in lines)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path, curves
+
+
+def _harmless(cell: Cell) -> Cell:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
 
 
 def table(

@@ -59,8 +59,8 @@ def main() -> int:
         return 0
     rows = [shared_folder(facts, tasks)]
     if rows[0].mark == OK:
-        rows.append(locks(meeting, facts))
-        rows.append(counter(meeting, facts))
+        if settings.sqlite_path:  # a database server has locks of its own
+            rows += [locks(meeting, facts), counter(meeting, facts)]
     elif len(facts) < tasks:
         meeting.close()
     meeting.leave()

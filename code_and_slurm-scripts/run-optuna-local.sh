@@ -26,11 +26,17 @@ export SEED="${SEED-6}" # the same first trials on every machine; empty: never t
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source code_and_slurm-scripts/hpo/job/venv.sh
 source code_and_slurm-scripts/hpo/job/mps.sh
+source code_and_slurm-scripts/hpo/job/own_server.sh
 make_venv .venv run
 python=$PWD/.venv/bin/python
 logs=$PWD/logs
 cd code_and_slurm-scripts
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # hpo, for a script in a subfolder
+run_python=("$python")
+if [[ $STUDY_DB == postgresql:job ]]; then
+    trap stop_own_server EXIT
+    start_own_server "$logs/local.server.out"
+fi
 "$python" init_optuna_db.py
 
 # Those of a preset CUDA_VISIBLE_DEVICES, else all; a slice (MIG) is one, too.
@@ -50,7 +56,7 @@ if ((${#gpus[@]} && WORKERS_PER_GPU > 1)); then
     for i in "${!gpus[@]}"; do
         gpus[i]=$(uuid_of "${gpus[i]}")
     done
-    trap stop_mps EXIT
+    trap 'stop_mps; stop_own_server' EXIT
     CUDA_VISIBLE_DEVICES=$(
         IFS=,
         echo "${gpus[*]}"

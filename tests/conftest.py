@@ -6,15 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from common import SCRIPTS, SETTINGS, Run
+from common import BUNDLE, SCRIPTS, SETTINGS, Run
 from hpo.settings import forget
 from hpo.study.engines.postgresql import PostgreSQL
-from postgresql_server import PostgreSQLServer, wanted
+from postgresql_server import AS_POSTGRES, PROGRAMS, PostgreSQLServer, wanted
 from storage_helpers import make_study
 
 
@@ -88,3 +89,44 @@ def run(tmp_path: Path) -> Run:
         )
 
     return run_script
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """Return a copy of the bundle, as it is unpacked: without what a run or a tool has made."""
+    made = ("tests", ".*", "__pycache__", "*-ubyte", "*.tsv", "*.db*", "checkpoints", "report-*")
+    ignore = shutil.ignore_patterns(*made, "*.out")
+    return Path(shutil.copytree(BUNDLE, tmp_path / "optuna", symlinks=True, ignore=ignore))
+
+
+@pytest.fixture
+def local(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of the bundle whose .venv is this test's Python, so nothing is installed."""
+    venv = bundle / ".venv"
+    venv.mkdir()
+    for path in Path(sys.prefix).iterdir():
+        (venv / path.name).symlink_to(path)
+    (venv / "installed-run.toml").unlink(missing_ok=True)
+    shutil.copy(bundle / "pyproject.toml", venv / "installed-run.toml")
+    monkeypatch.delenv("STUDY_DB")
+    return bundle / "code_and_slurm-scripts"
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Let root start PostgreSQL's programs, as its user; return the folder for their data."""
+    if why := wanted():
+        pytest.skip(why)
+    tools = tmp_path / "programs"
+    tools.mkdir()
+    as_postgres = f"cd / && exec {' '.join(AS_POSTGRES)} {PROGRAMS[-1]}"
+    give = '[[ $1 != --pgdata=* ]] || chown -R postgres "$(dirname "${1#*=}")"'  # own_server.sh
+    for name, first in (("initdb", give), ("postgres", ":")):
+        (tools / name).write_text(f'#!/bin/bash\n{first}\n{as_postgres}/{name} "$@"\n')
+        (tools / name).chmod(0o755)
+    folder = Path(tempfile.mkdtemp(prefix="own-"))  # in /tmp, for its user cannot enter tmp_path
+    folder.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    shutil.rmtree(folder)

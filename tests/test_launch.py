@@ -57,14 +57,6 @@ echo "sbatch $* CHAIN_JOBS=$CHAIN_JOBS TOTAL_TRIALS=$TOTAL_TRIALS" >>"$RECORD"
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    """Return a copy of the bundle, as it is unpacked: without what a run or a tool has made."""
-    made = ("tests", ".*", "__pycache__", "*-ubyte", "*.tsv", "*.db*", "checkpoints", "report-*")
-    ignore = shutil.ignore_patterns(*made, "*.out")
-    return Path(shutil.copytree(BUNDLE, tmp_path / "optuna", symlinks=True, ignore=ignore))
-
-
-@pytest.fixture
 def job(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the scripts' folder of a copy, in the environment that sbatch would give a job."""
     tools = bundle.parent / "bin"
@@ -270,19 +262,6 @@ def test_a_worker_whose_file_server_is_away_is_waited_for(tmp_path: Path) -> Non
     assert (tmp_path / "starts").read_text() == "x\nx\n"
 
 
-@pytest.fixture
-def local(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a copy of the bundle whose .venv is this test's Python, so nothing is installed."""
-    venv = bundle / ".venv"
-    venv.mkdir()
-    for path in Path(sys.prefix).iterdir():
-        (venv / path.name).symlink_to(path)
-    (venv / "installed-run.toml").unlink(missing_ok=True)
-    shutil.copy(bundle / "pyproject.toml", venv / "installed-run.toml")
-    monkeypatch.delenv("STUDY_DB")
-    return bundle / "code_and_slurm-scripts"
-
-
 def states(scripts: Path) -> list[str]:
     """Return the states of the trials of a local study."""
     storage = f"sqlite:///{scripts}/study.db"
@@ -470,3 +449,21 @@ def test_the_server_knows_the_nodes_and_its_death_is_one_line(job: Path) -> None
     assert lines[5].startswith("the study's server died 4 times in a row (status 1): giving up;")
     assert done.stderr.startswith("error: the server has not started: tail ")
     assert done.returncode == 2
+
+
+def test_a_job_with_a_postgresql_of_its_own(job: Path, programs: Path) -> None:
+    """Its copy of the study stays, and nothing else of it (test_own_server.py goes on from one)."""
+    scontrol = job.parent.parent / "bin" / "scontrol"
+    scontrol.write_text("#!/bin/bash\nhostname\n")
+    scontrol.chmod(0o755)
+    (job / "my.py").write_text(SCRIPT)
+    env = {"STUDY_DB": "postgresql:job", "PY_SCRIPT": "my.py", "SLURM_NTASKS": "2"}
+    result = sbatch(job, **env, TOTAL_TRIALS="2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "for this job; 0 trials from the last copy" in result.stdout
+    assert "The study is complete." in result.stdout
+    copy = f"sqlite:///{job}/postgresql-job.mnist_hpo.backup"
+    trials = optuna.load_study(study_name="mnist_hpo", storage=copy).get_trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
+    assert not (job / "postgresql-job.server").exists()
+    assert list(programs.iterdir()) == []

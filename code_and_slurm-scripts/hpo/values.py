@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from hpo.files import AWAY
 
 SQLITE_PREFIX = "sqlite:///"
+OWN_SERVER = "postgresql:job"  # a PostgreSQL that runs inside the job (hpo/job/own_server.sh)
 # Besides sqlite; see hpo/study/opening.py.
 SERVER_URLS = ("postgresql", "postgres", "mysql", "journal", "grpc")
 
@@ -227,6 +228,8 @@ def without_password(text: object) -> str:
 
 def server_name(url: str) -> str:
     """Return a name for files of the database behind a URL: no two databases share it."""
+    if url == OWN_SERVER:
+        return "postgresql-job"
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     host = parts.netloc.rpartition("@")[2].lower() or query.get("host", "local")
@@ -288,6 +291,8 @@ def py_script(text: str, folder: Path) -> str:
 
 def study_url(text: str, folder: Path) -> str:
     """Return STUDY_DB in the form that the bundle uses.  Raises UserError if it is not legal."""
+    if text == OWN_SERVER:
+        return text
     scheme = urlsplit(text).scheme.split("+")[0]
     if text.startswith(SQLITE_PREFIX) and len(text) > len(SQLITE_PREFIX):
         # Relative paths start at `folder`, not at the cwd; an absolute right-hand side replaces it.
@@ -299,5 +304,5 @@ def study_url(text: str, folder: Path) -> str:
     raise UserError(
         f"STUDY_DB={shown!r} is no URL that can be used here; "
         "give sqlite:///study.db (or sqlite:////absolute/path/study.db), or "
-        "postgresql://user:password@host/database"
+        f"postgresql://user:password@host/database, or {OWN_SERVER}"
     )

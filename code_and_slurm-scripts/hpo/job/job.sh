@@ -4,6 +4,8 @@
 
 # shellcheck source=code_and_slurm-scripts/hpo/job/successor.sh
 source "$scripts/hpo/job/successor.sh"
+# shellcheck source=code_and_slurm-scripts/hpo/job/own_server.sh
+source "$scripts/hpo/job/own_server.sh"
 
 status=0
 server=        # pid of what keeps the study served, where the nodes cannot share the file
@@ -139,6 +141,13 @@ on_every_gpu() {
 }
 
 create_study() {
+    if [[ $STUDY_DB == postgresql:job ]]; then
+        local hosts
+        mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        trap stop_own_server EXIT
+        start_own_server "$logs/$SLURM_JOB_ID.server.out" "${hosts[@]}" ||
+            give_up $? "the study's server"
+    fi
     patiently "${run_python[@]}" init_optuna_db.py || give_up $? init_optuna_db.py
     local counted
     counted=$(patiently "${run_python[@]}" -m hpo.job.count) || give_up $? hpo.job.count
@@ -196,6 +205,7 @@ run_workers() {
         kill -0 "$step" 2>/dev/null || break # otherwise the signal has ended the wait
     done
     rm -f "$DRAIN_FILE"
+    stop_own_server
     if [[ -n $server ]]; then
         kill -TERM "$server" 2>/dev/null || true # it may have given up
         wait "$server" || echo "the server ended with status $?" >&2

@@ -25,6 +25,7 @@ from hpo.study.opening import clear_errors, open_storage, open_study
 from hpo.study.optuna_private import FrozenStudy, storage_of, study_id
 from hpo.study.storage import StudyStorage
 from hpo.study.studies import insert_study
+from hpo.values import SQLITE_PREFIX
 
 
 class _Content(NamedTuple):
@@ -90,6 +91,23 @@ def copy_study(settings: Settings, url: str) -> str:
         f"study {settings.study_name}: {len(content.trials)} trials copied from "
         f"{source.shown_db} to {settings.shown_db}"
     )
+
+
+def restore(settings: Settings, engine: PostgreSQL) -> int:
+    """Put the study's last copy into a new database, which nobody uses yet; return its trials.
+
+    What ran when the copy was made waits again.  Raises UserError for a copy that is damaged.
+    """
+    copy = settings.backup_path
+    if not copy or not copy.exists():
+        return 0
+    study = open_study(replace(settings, study_db=f"{SQLITE_PREFIX}{copy}"))
+    content = _read(storage_of(study), study_id(study))
+    with engine.write() as db:
+        _write(db, content)
+        db.execute("UPDATE leases SET owner = NULL")
+        db.execute("UPDATE trials SET state = 'WAITING' WHERE state = 'RUNNING'")
+    return len(content.trials)
 
 
 def _read(storage: BaseStorage, number: int) -> _Content:

@@ -35,6 +35,7 @@ from hpo.study.serving.served import (
     ServedStorage,
     Server,
     ServerGone,
+    database_of,
     find_server,
     server_path,
 )
@@ -113,6 +114,8 @@ def open_storage(settings: Settings, create: bool = False) -> BaseStorage:
             return _served_storage(settings, server, create)
         readonly = _is_backup(path) or not _may_write(path)
         return StudyStorage.of(settings, path, settings.signature, readonly=readonly)
+    if settings.study_db == values.OWN_SERVER:
+        return _own_storage(settings, create)
     if url := settings.postgresql_url:
         return StudyStorage.of(settings, PostgreSQL(url, create=create), settings.signature)
     try:
@@ -136,6 +139,23 @@ def _served_storage(settings: Settings, server: Server, create: bool) -> BaseSto
         raise UserError(
             f"{server} serves {path}: wait until it has ended "
             f"(if it has, delete {server_path(path)})"
+        )
+    return StudyStorage(backup, worker="reader", readonly=True)
+
+
+def _own_storage(settings: Settings, create: bool) -> BaseStorage:
+    """A PostgreSQL inside the job is for its own processes; all others read the last copy."""
+    server, backup = find_server(database_of(settings)), settings.backup_path
+    assert backup
+    if server and server.is_of(settings):
+        url = server.postgresql_url
+        return StudyStorage.of(settings, PostgreSQL(url, create=create), settings.signature)
+    if create or not backup.exists():
+        raise UserError(
+            f"{server} has this study: wait until it has ended"
+            if server
+            else f"STUDY_DB={settings.study_db} is there while a launch script runs, and its copy "
+            f"afterwards: bash run-optuna-local.sh, or sbatch; there is no {backup}"
         )
     return StudyStorage(backup, worker="reader", readonly=True)
 

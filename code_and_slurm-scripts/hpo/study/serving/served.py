@@ -27,6 +27,7 @@ from hpo.study.optuna_private import ProxyOfChannel
 from hpo.study.storage import StudyStorage
 from hpo.words import one_line
 
+USER = "optuna"  # of a PostgreSQL inside the job
 HEADER = "hpo-secret"  # of each call
 OWN = "/hpo.Study/Call"  # what Optuna's protocol has no call for: [name, arguments] as JSON
 PATIENCE = 60.0  # seconds that a call waits for a server that is away, as for SQLite's lock
@@ -55,6 +56,11 @@ class Server(NamedTuple):
         """Whether it serves the job of this process."""
         return bool(self.secret) and self.job_id == settings.job_id
 
+    @property
+    def postgresql_url(self) -> str:
+        """The URL of a PostgreSQL that runs inside the job, with its password."""
+        return f"postgresql://{USER}:{self.secret}@{self.address}:{self.ports[0]}/postgres"
+
     def __str__(self) -> str:
         if not self.job_id:
             return self.host
@@ -64,6 +70,11 @@ class Server(NamedTuple):
 def server_path(database: Path) -> Path:
     """Return the name of the file that says that a study is being served."""
     return database.with_name(f"{database.name}.server")
+
+
+def database_of(settings: Settings) -> Path:
+    """Return study.db, or what stands for a server's database beside the scripts."""
+    return settings.beside / settings.database
 
 
 def find_server(database: Path) -> Server | None:

@@ -11,6 +11,9 @@
 #   bash cluster.sh file-system bind|gluster|gluster-stale
 #                                            what lies under /work/groupe and /tmpdir: the machine's folder, or a
 #                                            GlusterFS volume that each host mounts, without caches or with stale ones
+#   bash cluster.sh disk full|free           of the GlusterFS server
+#   bash cluster.sh server stop|start        its processes
+#   bash cluster.sh link n2 20 [1]           n2's cable: 20 ms late each way [1 % is lost]; or cut, or whole
 #   bash cluster.sh down                     ends it; the cache stays, and nothing else
 #
 # The hosts are `login` (also called controller: slurmctld), n1 … n6 (two GPUs each, on paper) and m1 (MIG). Each has
@@ -230,7 +233,11 @@ up() {
 
 down() {
     local host
-    for host in "${HOSTS[@]}" storage switch; do stop_host "$host"; done
+    for host in "${HOSTS[@]}" storage; do
+        stop_host "link-$host"
+        stop_host "$host"
+    done
+    stop_host switch
     rm -rf "$CLUSTER_STATE"
 }
 
@@ -323,6 +330,7 @@ case ${1:-} in
     up | down | crash | restart) "$@" ;;
     broken-locks) broken_locks "${@:2}" ;;
     file-system) file_system "${@:2}" ;;
+    disk | server | link) "$@" ;;
     exec) run_on "${@:2}" ;;
-    *) die "usage: cluster.sh up|down|exec|crash|restart|broken-locks|file-system (see the head of this file)" ;;
+    *) die "usage: cluster.sh up|down|exec|crash|restart|broken-locks|… (see the head of this file)" ;;
 esac

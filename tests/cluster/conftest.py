@@ -18,6 +18,8 @@ import pytest
 
 from cluster.rehearsal import CANNOT_RUN_HERE, STATE, Cluster, Scenario
 
+# What takes long, and needs a file server that can stop.
+collect_ignore = [] if os.environ.get("FILE_SYSTEM") == "gluster" else ["test_faults.py"]
 DAEMONS = {"slurmd", "slurmctld", "munged", "bindfs", "glusterd", "glusterfsd", "glusterfs"}
 
 
@@ -40,7 +42,7 @@ def cluster() -> Iterator[Cluster]:
     """Yield a fresh cluster; afterwards nothing of it may be left on the machine."""
     cluster = Cluster()
     if os.geteuid() == 0:
-        cluster.script("down")
+        cluster.script("down", timeout=600)
     before = traces()
     started = cluster.script("up", check=False, timeout=1800)
     print(started.stdout, started.stderr, sep="")
@@ -50,7 +52,7 @@ def cluster() -> Iterator[Cluster]:
     cluster.script("file-system", os.environ.get("FILE_SYSTEM", "bind"), timeout=300)
     yield cluster
     if "CLUSTER_KEEP" not in os.environ:
-        cluster.script("down")
+        cluster.script("down", timeout=600)
         assert traces() == before
 
 

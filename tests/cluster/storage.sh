@@ -54,6 +54,56 @@ start_server() { # and wait for its answer
     die "glusterd does not answer; see $CLUSTER_STATE/storage/upper/var/log/glusterfs/glusterd.log"
 }
 
+# disk full|free: the bricks' file system has no byte left, or has.
+disk() {
+    local used
+    [[ ${1:-} =~ ^(full|free)$ ]] || die "disk full or free?"
+    pid_of storage >/dev/null || die "there is no file server: file-system gluster first."
+    used=$(in_storage df --output=used --block-size=1 /bricks | tail -n 1)
+    [[ $1 == full ]] || used=$BRICK_SIZE
+    in_storage mount -o "remount,size=${used// /}" /bricks
+}
+
+# server stop|start: its processes end at once, and come back.
+server() {
+    [[ ${1:-} =~ ^(stop|start)$ ]] || die "server stop or start?"
+    pid_of storage >/dev/null || die "there is no file server: file-system gluster first."
+    if [[ $1 == start ]]; then
+        start_server
+    else # the bricks' processes last: glusterd would start them again
+        in_storage pkill --signal KILL --exact glusterd || true
+        in_storage pkill --signal KILL --exact glusterfsd || true
+    fi
+}
+
+# link HOST cut|whole|MILLISECONDS [PERCENT]: its cable passes nothing on, all, or each frame late but for so many.
+link() {
+    local host=${1:-} how=${2:-} switch
+    [[ " ${HOSTS[*]} storage " == *" $host "* && $how =~ ^(cut|whole|[0-9]+)$ ]] ||
+        die "link HOST cut, whole, or MILLISECONDS and the percentage of frames that is lost?"
+    switch=$(pid_of switch) || die "the cluster is not up."
+    stop_host "link-$host"
+    in_switch ip link delete "slow-$host" 2>/dev/null || true
+    in_switch ip link set "to-$host" master br0 up
+    case $how in
+        whole) ;;
+        cut) in_switch ip link set "to-$host" down ;;
+        *)
+            in_switch ip link add "slow-$host" master br0 up type veth peer name "via-$host"
+            in_switch ip link set "via-$host" up
+            in_switch ip link set "to-$host" nomaster
+            in_switch python3 "$HERE/slow_link.py" --whole "slow-$host"
+            in_host "$host" python3 - --whole eth0 <"$HERE/slow_link.py"
+            mkdir -p "$CLUSTER_STATE/link-$host"
+            setsid nsenter --target "$switch" --net python3 "$HERE/slow_link.py" "to-$host" "via-$host" "${@:2}" \
+                </dev/null &>"$CLUSTER_STATE/link-$host/console.log" &
+            echo "$! $(start_time $!)" >"$CLUSTER_STATE/link-$host/pid" # as a host's: stop_host ends it
+            ;;
+    esac
+}
+
+in_switch() { nsenter --target "$switch" --net "$@"; }
+
 make_volume() { # make_volume NAME, with the folders that users have on it
     local name=$1 option said
     ! in_storage gluster --mode=script volume info "$name" &>/dev/null || return 0

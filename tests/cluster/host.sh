@@ -72,8 +72,8 @@ configure() {
     mkdir -p "$ROOT"/etc/slurm "$ROOT"/var/log/slurm "$ROOT"/var/spool/{slurmctld,slurmd}
     cp "$HERE"/etc/{slurm,gres,cgroup}.conf "$HERE/etc/task_prolog.sh" "$ROOT/etc/slurm/"
     cp "$HERE/etc/hosts" "$ROOT/etc/hosts"
-    chroot "$ROOT" useradd --uid 1001 --gid groupe --shell /bin/bash --home-dir /users/groupe/collegue collegue ||
-        (($? == 9)) # it is there since an earlier start
+    grep -q ^collegue: "$ROOT/etc/passwd" || # since an earlier start
+        echo collegue:x:1001:1000::/users/groupe/collegue:/bin/bash >>"$ROOT/etc/passwd"
     cp "$HERE/mount_shared.sh" "$ROOT/usr/local/sbin/mount-shared"
     cp "$STATE/file-system" "$ROOT/run/file-system" 2>/dev/null || echo bind >"$ROOT/run/file-system"
     chown munge:munge "$ROOT/run/munge" "$ROOT"/etc/munge/munge.key 2>/dev/null ||

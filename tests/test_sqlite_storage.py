@@ -112,7 +112,7 @@ def test_16_simultaneous_creators_make_one_file(tmp_path: Path) -> None:
     assert errors.read_text() == ""
     assert count_lines(log, "made") == {0: 15, 1: 1}
     files = {p.name for p in tmp_path.iterdir()}
-    assert files == {"errors", "log", "study.db", "study.db-journal"}
+    assert files == {"errors", "log", "study.db", "study.db-journal", "study.db.next"}
     assert [t.number for t in read_trials(path)] == list(range(16))
 
 

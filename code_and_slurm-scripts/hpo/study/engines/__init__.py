@@ -2,6 +2,7 @@
 
     sqlite_file   one file: a lock for all writers, a version that tells whether anybody wrote,
                   copies, damage
+    turn          of SQLite's: who writes next, where some are slower than others
     postgresql    a server: row locks, connections that are lost and made anew
     unanswered    of a server that stands still: its connections are given up
     kept          of both: a backup is not replaced by a study that has lost trials

@@ -9,6 +9,7 @@ rules, and the failure that each of them prevents:
 * synchronous=FULL: a trial that was reported as finished survives a power cut.
 * BEGIN IMMEDIATE: who reads and then writes cannot meet "database is locked" half-way.
 * Our own retry: SQLite's sleeps up to 100 ms at a time; its bad name for parallel work is that.
+* A turn (turn.py): who is behind a slow link would lose every race for the lock.
 * Never open() this file in a process that uses it: closing any descriptor of a file drops all
   of the process's POSIX locks on it.
 """
@@ -32,6 +33,7 @@ from hpo.files import sync
 from hpo.study.engines import LOCK, SCHEMA, Transaction, Version
 from hpo.study.engines.kept import refuse_loss
 from hpo.study.engines.sqlite_errors import CorruptStudy, StudyBusy, StudyFileError, explain
+from hpo.study.engines.turn import Turn
 
 T = TypeVar("T")
 
@@ -136,12 +138,13 @@ class StudyFile:
         self._connection: sqlite3.Connection | None = None
         self._pid = os.getpid()
         self._connections = self._writes = 0
+        self._turn = Turn(self.path)
         if not os.path.exists(self.path):
             create_study_file(self.path)
         self._check()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_connection": None}
+        return {**self.__dict__, "_connection": None, "_turn": Turn(self.path)}
 
     def _check(self) -> None:
         if os.path.getsize(self.path) == 0:
@@ -185,6 +188,7 @@ class StudyFile:
             if self._connection is not None and self._pid == os.getpid():
                 self._connection.close()
                 self._connection = None
+            self._turn.close()
 
     def _patiently(self, step: Callable[..., T], *args: Any) -> T:
         """Call `step` until the lock is free. Raises StudyBusy after `timeout` idle seconds."""
@@ -249,7 +253,8 @@ class StudyFile:
             db = None
             try:
                 db = self.connection()
-                self._patiently(db.execute, "BEGIN IMMEDIATE")
+                with self._turn:
+                    self._patiently(db.execute, "BEGIN IMMEDIATE")
                 self._writes += 1
                 yield db
                 self._patiently(db.execute, "COMMIT")

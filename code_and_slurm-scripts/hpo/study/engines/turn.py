@@ -1,0 +1,72 @@
+"""Whose turn it is to write next: a lock file beside the study, study.db.next.
+
+SQLite's lock goes to who asks in the right moment.  To ask takes some ten rounds with the file
+system: behind a slow link others, whose rounds are short, are always faster, and a node may wait
+for ever.  So a worker takes the turn first, which is one round, and holds it until it has SQLite's
+lock: who is slow queues while another one writes, and asks alone when that has ended.  It also
+spares the others their asking.
+
+The turn is a courtesy: whatever becomes of it, SQLite's lock alone decides who writes.  A holder
+that is stopped half-way (a frozen node) is waited for once, for FROZEN seconds; then the turn is
+taken only where it is free.  Where a file system has no such locks, there are no turns.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+
+FROZEN = 5.0  # seconds to wait for the turn; a write takes milliseconds
+PAUSE = 0.01  # seconds between two looks, at most; not longer for who waits longer
+
+
+class Turn:
+    """A context in which this process asks for the lock of the study's file; never an error."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._patience = f"{path}.next", FROZEN
+        self._file: int | None = None
+        self._close: Callable[[], object] | None = None  # for the file
+
+    def __enter__(self) -> None:
+        with suppress(OSError):  # no such locks here, no room, no permission: then without
+            if self._file is None:
+                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                self._close = weakref.finalize(self, os.close, self._file)
+            end = time.monotonic() + self._patience
+            while not self._taken():
+                if time.monotonic() > end:
+                    self._patience = 0.0
+                    return
+                time.sleep(random.uniform(0.0002, PAUSE))
+            self._patience = FROZEN
+
+    def _taken(self) -> bool:
+        assert self._file is not None
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # somebody else has it; POSIX allows both
+            return False
+        return True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Let go of the file; the next use opens it again."""
+        if self._close:
+            self._close()
+        self._file = self._close = None

@@ -189,6 +189,18 @@ def test_final_training_uses_every_image(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == [60_000] * 3
 
 
+def in_the_file(settings: Settings, reports: int) -> optuna.Study:
+    """Return the study as another process sees it, once all reports of running trials are there."""
+    end = time.monotonic() + 300
+    while True:
+        study = create_or_open_study(settings)
+        running = study.get_trials(states=(RUNNING,))
+        if sum(len(trial.intermediate_values) for trial in running) == reports:
+            return study
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("page", ["OWN_MODEL.txt", "MON_MODELE.txt"])
 def test_the_page_s_lines_open_a_study_on_a_laptop(
     page: str, study: optuna.Study, own_study: Path, tmp_path: Path
@@ -215,7 +227,8 @@ def test_live_view_of_many_workers_in_a_small_terminal(study: optuna.Study) -> N
         trial = study.ask()
         trial.suggest_categorical("epochs", [2, 3, 5])
         trial.report(0.25, 0)
-    now = datetime.now() + timedelta(seconds=3)
+    study = in_the_file(settings, 64)
+    now = (study.trials[24].datetime_start or datetime.max) + timedelta(seconds=3)
     lines = progress.view(study, count(study, settings), now, 60, 24)
     assert len(lines) == 23
     assert max(map(len, lines)) <= 60
@@ -228,6 +241,18 @@ def test_live_view_of_many_workers_in_a_small_terminal(study: optuna.Study) -> N
     assert "  2 × out of memory (MemoryError)" in text
     assert "logs/local.*.out" in text
     assert "(Ctrl-C ends this view alone; the workers go on)" in text
+    # Four workers are all there, each with its node.
+    four = create_or_open_study(Settings.from_env(STUDY_NAME="four"))
+    fill(four, 24)
+    worker = "worker 3 on turpancomp3, job 1234567.1"
+    for _ in range(4):
+        four.add_trial(
+            optuna.create_trial(
+                state=RUNNING, intermediate_values={0: 0.123456}, user_attrs={"worker": worker}
+            )
+        )
+    shown_four = progress.view(four, count(four, settings), now, 60, 21)  # it names no logs
+    assert sum(line.endswith("0.1235  worker 3 on turpancomp3") for line in shown_four) == 4
     for rows in (5, 10):
         few = progress.view(study, count(study, settings), now, 60, rows)
         assert few == lines[: len(few)][: rows - 1]

@@ -90,7 +90,9 @@ def view(
     below += _part("logs", _logs(owners), 4)
     room = rows - 1 - len(lines) - len(below)
     last = sorted((t for t in trials if t.state.is_finished()), key=_end)[: -LAST - 1 : -1]
-    lines += _part("running", _running(trials, owners, now), max(3, room - (len(last) and 5)))
+    running = _running(trials, owners, now)
+    kept = 4 if len(running) + 6 <= room else 5  # for those that ended: two where all others fit
+    lines += _part("running", running, max(3, room - (len(last) and kept)))
     room = rows - 1 - len(lines) - len(below)
     lines += _part("last finished", list(map(finished_line, last)), min(room, LAST + 2), more=False)
     return [cut(_printable(line), columns) for line in [*lines, *below]][: rows - 1]
@@ -181,7 +183,7 @@ def _owners(study: optuna.Study) -> dict[int, str]:
 def _running(trials: Sequence[FrozenTrial], owners: dict[int, str], now: datetime) -> list[str]:
     """Return a line per running trial: its epochs, how long, its last report, its worker."""
     full = _full(trials)
-    lines = []
+    cells = []
     for trial in trials:
         if trial.state != TrialState.RUNNING:
             continue
@@ -189,11 +191,14 @@ def _running(trials: Sequence[FrozenTrial], owners: dict[int, str], now: datetim
         epochs = f"epoch {done} of {whole}" if whole else f"{done} reports"
         value = shown(trial.intermediate_values[trial.last_step]) if done else ""  # type: ignore[index]
         worker = owners.get(trial.number) or str(trial.user_attrs.get("worker", "no lease"))
-        line = (
-            f"trial {trial.number:<5} {epochs:14} {seconds // 60:3}:{seconds % 60:02}  {value:9} "
-        )
-        lines.append(line + worker.partition(", job ")[0])
-    return lines
+        took = f"{seconds // 60}:{seconds % 60:02}"
+        cells.append((f"trial {trial.number}", epochs, took, value, worker.partition(", job ")[0]))
+    # No wider than it must be: at 60 columns the worker's node is still in its line.
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
 
 
 def _logs(owners: dict[int, str]) -> list[str]:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from bisect import insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import optuna
 from optuna.study import StudyDirection
@@ -112,8 +114,50 @@ def best_searched(study: optuna.Study, most: int | None = None) -> list[FrozenTr
             study.best_trials,
             key=lambda t: [sign * value for sign, value in zip(signs, t.values, strict=True)],
         )
-    feasible = [trial for trial in searched(complete(study)) if is_feasible(trial)]
-    return _ranked(study, feasible)[:most]
+    return _look(study).ranked[:most]
+
+
+class _Ranking:
+    """What was made of the complete trials, which never change: each is looked at once.
+
+    A worker asks several times per trial, and a study may have ten thousand.
+    """
+
+    def __init__(self, direction: StudyDirection) -> None:
+        self._sign = -1 if direction == StudyDirection.MAXIMIZE else 1
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen: dict[int, FrozenTrial] = {}  # by their id() in memory
+        self.ranked: list[FrozenTrial] = []  # of the search and feasible, the best first
+        self.finals: list[FrozenTrial] = []
+
+    def look(self, trials: Sequence[FrozenTrial]) -> None:
+        """Look at those of all complete trials that were not looked at yet."""
+        new = [trial for trial in trials if id(trial) not in self._seen]
+        if len(self._seen) + len(new) != len(trials):  # the storage has read them anew
+            self._forget()
+            new = list(trials)
+        for trial in new:
+            self._seen[id(trial)] = trial
+            if is_final(trial):
+                self.finals.append(trial)
+            elif is_feasible(trial):
+                insort(self.ranked, trial, key=self._key)
+
+    def _key(self, trial: FrozenTrial) -> tuple[float, int]:
+        return self._sign * trial.values[0], trial.number
+
+
+_rankings: WeakKeyDictionary[optuna.Study, _Ranking] = WeakKeyDictionary()
+
+
+def _look(study: optuna.Study) -> _Ranking:
+    """Return what is known of a study of one objective."""
+    if study not in _rankings:
+        _rankings[study] = _Ranking(study.direction)
+    _rankings[study].look(complete(study))
+    return _rankings[study]
 
 
 def _ranked(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -218,12 +262,12 @@ def finalists(study: optuna.Study) -> list[Finalist]:
 
     None before each of the five best has one that is finished: until then no mean is compared.
     """
+    if len(study.directions) > 1 or not _look(study).finals:
+        return []
     trials = study.get_trials(deepcopy=False)
     groups: dict[int, list[FrozenTrial]] = {}
     for trial in filter(is_final, trials):
         groups.setdefault(trial.user_attrs[FINAL_OF], []).append(trial)
-    if not groups:
-        return []
     for trial in best_searched(study, FINALISTS):
         if not any(run.state.is_finished() for run in groups.get(trial.number, [])):
             return []
@@ -254,7 +298,7 @@ def to_keep(study: optuna.Study, most: int) -> set[int]:
     Any finalist may turn out to be the best, as long as some of the runs are missing.
     """
     runs: dict[int, list[FrozenTrial]] = {}
-    for trial in filter(is_final, complete(study)):
+    for trial in _look(study).finals if len(study.directions) == 1 else []:
         runs.setdefault(trial.user_attrs[FINAL_OF], []).append(trial)
     best = [_ranked(study, group)[0] for group in runs.values()]
     return {trial.number for trial in [*best_trials(study, most), *best]}

@@ -1,8 +1,10 @@
-"""Few file operations per trial: what shares a transaction, what it may not cost, exact counts."""
+"""Few file operations per trial: what shares a transaction, exact counts; and long studies."""
 
 from __future__ import annotations
 
+import copy
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -18,6 +20,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo import checkpoint
+from hpo.study import tables, trials
 from hpo.study.leases import LeaseLost
 from hpo.study.serving import server
 from storage_helpers import (
@@ -144,6 +147,32 @@ def test_a_served_study_keeps_nothing_in_the_servers_memory() -> None:
     assert server._Storage.WAIT == 0.0
 
 
+def test_what_this_process_does_meanwhile_is_seen_at_once(path: Path) -> None:
+    """However young what it has read is; only what others do may be as old as a report."""
+    study, fresh = open_study(path, wait=LONG), open_study(path, "fresh")
+
+    def same() -> None:
+        states = [[(t.number, t.state) for t in each.get_trials()] for each in (study, fresh)]
+        assert states[0] == states[1]
+
+    trials = [study.ask() for _ in range(3)]
+    for step, trial in enumerate(trials):
+        trial.report(1.0, step)
+        same()
+    study.enqueue_trial({"lr": 1e-3})
+    same()
+    study.tell(trials[1], 1.0)
+    same()
+    storage_of(study).return_trial(trials[2]._trial_id, excused=True)
+    trials[0].report(1.0, 7)
+    again = study.ask()
+    assert again.number == 2
+    same()
+    fresh.tell(fresh.ask(), 1.0)
+    assert len(study.get_trials()) == 4  # old, but whole
+    trials[0].set_user_attr("note", 1)
+
+
 # ---- a worker that is killed within that second ----------------------------------------------
 
 
@@ -239,3 +268,81 @@ def test_system_calls_of_a_trial_of_short_epochs(tmp_path: Path) -> None:
     assert per_trial["fdatasync"] == 10  # five in each of two transactions
     most = {"openat": 10, "fcntl": 44, "pwrite64": 80, "pread64": 20}
     assert {name: per_trial[name] for name in most if per_trial[name] > most[name]} == {}
+
+
+# ---- long studies --------------------------------------------------------------------------
+
+
+def fill(study: optuna.Study, number: int) -> None:
+    """Put complete trials into a new study, in one transaction."""
+    template = optuna.trial.create_trial(value=0.0)
+    with file_of(storage_of(study)).write() as db:
+        for each in range(number):
+            trial = copy.copy(template)
+            trial.number, trial.values = each, [random.random()]
+            tables.insert_trial(db, study._study_id, trial)
+
+
+def _steps_of_a_trial(folder: Path, behind: int) -> int:
+    """Return how many instructions SQLite carries out for a trial and a look at the others."""
+    folder.mkdir()
+    study = open_study(make_study(folder), wait=LONG, total_trials=behind + 9)
+    fill(study, behind)
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    def run() -> None:
+        trial = study.ask()
+        suggest(trial)
+        trial.report(1.0, 0)
+        trial.should_prune()
+        storage_of(study).renew_lease(trial._trial_id)
+        storage_of(study).return_stale_trials(study._study_id)
+        assert storage_of(study).count_leases(study._study_id) == 1
+        study.tell(trial, 1.0)
+
+    run()  # what is there is read once
+    file_of(storage_of(study)).connection().set_progress_handler(count, 1)
+    run()
+    return steps
+
+
+def test_a_trial_costs_sqlite_no_more_behind_many_others(tmp_path: Path) -> None:
+    few, many = (_steps_of_a_trial(tmp_path / str(n), n) for n in (50, 2000))
+    assert many < 1.2 * few
+
+
+def test_a_trial_is_ranked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ranked anew each time: whoever else finishes one, and after it was all read anew."""
+    path = make_study(tmp_path)
+    study, other = open_study(path, 0), open_study(path, 1)
+    fill(study, 300)
+    looked: list[int] = []
+    is_feasible = trials.is_feasible
+
+    def look(trial: FrozenTrial) -> bool:
+        looked.append(trial.number)
+        return is_feasible(trial)
+
+    def numbers() -> list[int]:
+        return [trial.number for trial in trials.best_trials(study)]
+
+    def sorted_anew() -> list[int]:
+        complete = open_study(path, 2).get_trials(states=(TrialState.COMPLETE,))
+        return [t.number for t in sorted(complete, key=lambda t: (t.value, t.number))]
+
+    monkeypatch.setattr(trials, "is_feasible", look)
+    assert numbers() == sorted_anew()
+    assert len(looked) == 300
+    early, late = other.ask(), study.ask()
+    study.tell(late, 0.5)
+    other.tell(early, -1.0)
+    assert numbers() == numbers() == sorted_anew()
+    assert sorted(looked[300:]) == [early.number, late.number]
+    storage_of(study).retry_failed(study._study_id)  # it forgets what it has read
+    other.tell(other.ask(), -2.0)
+    assert numbers() == sorted_anew()

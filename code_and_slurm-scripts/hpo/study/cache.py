@@ -109,7 +109,7 @@ class TrialCache:
         return trials
 
     def _look(self, file: Engine, states: tuple[TrialState, ...]) -> None:
-        self._looked = time.monotonic()
+        begin = time.monotonic()
         known = self._version if states in self._others else None
         full = [state for state in TrialState if state in states or state in FINISHED]
         sql, args = question(full, list(self._unfinished), self._last, self.study_id)
@@ -119,6 +119,7 @@ class TrialCache:
             self._others.clear()
         if rows is not None:
             self._others[states] = [t for t in self._take_in(rows) if t.state in states]
+        self._looked = begin
 
     def _take_in(self, rows: list[tuple[Any, ...]]) -> list[FrozenTrial]:
         """Remember what was read; return the trials that are not finished."""
@@ -136,6 +137,7 @@ class TrialCache:
 
     def finish(self, trial: FrozenTrial) -> None:
         """Remember a trial that is finished."""
+        self.expire()
         self._unfinished.discard(id_of(trial))
         if id_of(trial) in self.finished:
             return
@@ -143,6 +145,10 @@ class TrialCache:
         for states, trials in self._selected.items():
             if trial.state in states:
                 insort(trials, trial, key=BY_ID)
+
+    def expire(self) -> None:
+        """Read next time, however young this is: this process has changed more than a report."""
+        self._looked = -math.inf
 
     def ignore_own_write(self) -> None:
         """Stay up to date: this process wrote once, and only what it has in memory as well."""

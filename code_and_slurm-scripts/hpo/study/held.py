@@ -80,6 +80,8 @@ class HeldTrials:
         """Keep a trial in memory whose transaction has ended well."""
         reports = len(trial.intermediate_values)
         self._held[id_of(trial)] = _Held(study_id, trial, reports, self._wait)
+        if study_id in self._caches:
+            self._caches[study_id].expire()
 
     def claim(self, trial_id: int) -> bool:
         """Take a waiting trial, with its lease; False if somebody else was faster.
@@ -237,8 +239,7 @@ class HeldTrials:
 
     def patience(self, study_id: int) -> float:
         """Return how old, in seconds, what the pruner is told of a study's trials may be."""
-        waits = [held.wait for held in self._held.values() if held.later]
-        return max(waits, default=0.0)
+        return max((held.wait for held in self._held.values() if held.later), default=0.0)
 
     def set_param(
         self, trial_id: int, name: str, value: float, distribution: BaseDistribution

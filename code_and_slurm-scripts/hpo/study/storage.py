@@ -133,6 +133,8 @@ class StudyStorage(BaseStorage):
                 self._held.add(db, study_id, trial, mine)
             if mine:
                 self._held.hold(study_id, trial)
+            elif study_id in self._caches:
+                self._caches[study_id].expire()
         return id_of(trial)
 
     def _next_number(self, db: Transaction, study_id: int) -> int:

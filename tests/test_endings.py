@@ -312,3 +312,30 @@ def test_a_closed_output_changes_no_status(tmp_path: Path) -> None:
     assert [trial.state for trial in trials()] == 4 * [COMPLETE]
     assert "the study has its 4 trials" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_package_that_was_imported_by_half_costs_no_trial(tmp_path: Path) -> None:
+    """Its files were away for a moment; only a new process can import the rest of it."""
+    package = tmp_path / "site-packages" / "half"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import half.deep")
+    (package / "deep.py").write_text("from half import lost")
+    once = tmp_path / "once"
+    body = f"""
+if trial.number == 1 and not os.path.exists({str(once)!r}):
+    open({str(once)!r}, "w")
+    import half"""
+    path = f"{SCRIPTS}{os.pathsep}{package.parent}"
+    result = work(tmp_path, body, keep=True, PYTHONPATH=path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == 4 * [COMPLETE]
+    assert "half was imported by half" in result.stdout
+    assert "the worker died with status 70: starting it again" in result.stdout + result.stderr
+
+
+def test_a_circle_in_modules_of_ones_own_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "mine_a.py").write_text("import mine_b\nlater = 1")
+    (tmp_path / "mine_b.py").write_text("from mine_a import later")
+    result = work(tmp_path, "if trial.number == 1:\n    import mine_a")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == [COMPLETE, FAIL, COMPLETE, COMPLETE]

@@ -7,9 +7,12 @@ No trial fails for it.  The worker tries again for some minutes, then stops with
 from __future__ import annotations
 
 import errno
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
@@ -28,6 +31,7 @@ LONGEST_PAUSE = 30.0  # seconds
 # What a file system or a network says when it, and not the program, is at fault.
 ERRNO = AWAY | {errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOLCK}
 WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed")
+INSTALLED = {"site-packages", "dist-packages"}  # folders of packages that pip or a system installs
 
 log = logger("hpo.worker")
 
@@ -45,6 +49,21 @@ def fault_of(error: BaseException) -> str:
             return one_line(each)
         if any(words in text_of(each) for words in WORDS):
             return one_line(each)
+    return ""
+
+
+def half_imported(error: BaseException) -> str:
+    """Return which package this process has only half of; "" if that is not why this was raised.
+
+    Its files were away while it was being imported.  What was imported of it stays in the process,
+    so that only a new one helps.  A circle in the user's own modules reads alike, and is a mistake.
+    """
+    for each in _chain(error):
+        found = re.search(r"partially initialized module '((\w+)[\w.]*)'", text_of(each))
+        if found and isinstance(each, (ImportError, AttributeError)):
+            spec = PathFinder.find_spec(found[2])
+            if INSTALLED & set(Path(spec.origin if spec and spec.origin else "").parts):
+                return f"{found[1]} was imported by half, and is in this process for good"
     return ""
 
 

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo import checkpoint, gpu
 from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
-from hpo.site import fault_of
+from hpo.site import fault_of, half_imported
 from hpo.study.optuna_private import storage_of, trial_id
 from hpo.study.serving.served import Leased
 from hpo.study.trials import to_keep
@@ -101,6 +101,9 @@ def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
     except BaseException as error:  # whatever leaves the objective costs the trial, not the worker
         if drain.at_once:  # scancel also takes the container's image away: not the trial's fault
             return Outcome(TrialState.WAITING)
+        if half := half_imported(error):
+            gpu.give_up(half, gpu.BROKEN)
+            return Outcome(TrialState.WAITING, site=half)
         if site := fault_of(error):
             return Outcome(TrialState.WAITING, site=site)
         log.exception("trial %d failed", trial.number)

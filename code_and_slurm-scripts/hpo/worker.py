@@ -12,7 +12,8 @@ How a worker ends, and with which exit status:
     1   the same failure again and again: the objective itself is broken; or most trials failed
         or a GPU was promised, and there is none
     2   a setting is wrong (hpo/settings.py)
-    70, 71  CUDA has failed for good (hpo/gpu.py): hpo/job/keep_running.sh starts a new process
+    70, 71  CUDA has failed for good (hpo/gpu.py), or a package is there by half (hpo/site.py):
+        hpo/job/keep_running.sh starts a new process
     74  the job's end came in a call that cannot be interrupted: its trial goes back, too
     75  the site: study.db or a disk cannot be used, for minutes; the trial goes back to the queue
 

@@ -37,7 +37,17 @@ from hpo.study.storage import StudyStorage
 from hpo.study.trials import count
 from hpo.values import SiteAway
 from postgresql_server import PostgreSQLServer, ask
-from storage_helpers import NAME, fork, make_study, storage_of, suggest, train, wait, work
+from storage_helpers import (
+    NAME,
+    fork,
+    make_study,
+    short_trials,
+    storage_of,
+    suggest,
+    train,
+    wait,
+    work,
+)
 from storage_helpers import open_study as open_path
 
 OBJECTIVE = HELPERS / "objective_for_tests.py"
@@ -273,19 +283,7 @@ def test_statements_of_a_trial_with_tpe(
 ) -> None:
     """Reports that come less than `wait` seconds apart share a transaction."""
     study = open_path(path, wait=wait)
-    study.sampler = optuna.samplers.TPESampler(seed=0)
-    study.pruner = optuna.pruners.MedianPruner()
-
-    def run(trials: int) -> None:
-        for _ in range(trials):
-            trial = study.ask()
-            lr = suggest(trial)["lr"]
-            for step in range(4):
-                trial.report(lr + step, step)
-                trial.should_prune()
-            study.tell(trial, lr)
-
-    run(12)
+    run = short_trials(study)
     seen = _count(monkeypatch)
     run(4)
     selects = sum(sql.lstrip().startswith(("SELECT", "WITH")) for sql in seen)

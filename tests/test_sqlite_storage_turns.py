@@ -30,6 +30,7 @@ from storage_helpers import (
     make_study,
     open_study,
     read_trials,
+    short_trials,
     sql,
     storage_of,
     suggest,
@@ -212,22 +213,9 @@ def test_nothing_waits_where_something_else_saves(path: Path) -> None:
 
 
 def _trials(path: Path) -> tuple[optuna.Study, Callable[[int], None]]:
-    """Return a study with TPE and the median pruner, and what runs trials of short epochs."""
+    """Return a study, and what runs trials of short epochs."""
     study = open_study(path, wait=LONG)
-    study.sampler = optuna.samplers.TPESampler(seed=0)
-    study.pruner = optuna.pruners.MedianPruner()
-
-    def run(trials: int) -> None:
-        for _ in range(trials):
-            trial = study.ask()
-            lr = suggest(trial)["lr"]
-            for step in range(4):
-                trial.report(lr + step, step)
-                trial.should_prune()
-            study.tell(trial, lr)
-
-    run(12)  # after ten, TPE and the pruner begin their work
-    return study, run
+    return study, short_trials(study)
 
 
 @only_sqlite

@@ -90,6 +90,24 @@ def suggest(trial: optuna.Trial) -> dict[str, Any]:
     }
 
 
+def short_trials(study: optuna.Study) -> Callable[[int], None]:
+    """Return what runs so many trials of four epochs, with TPE and the median pruner."""
+    study.sampler = optuna.samplers.TPESampler(seed=0)
+    study.pruner = optuna.pruners.MedianPruner()
+
+    def run(trials: int) -> None:
+        for _ in range(trials):
+            trial = study.ask()
+            lr = suggest(trial)["lr"]
+            for step in range(4):
+                trial.report(lr + step, step)
+                trial.should_prune()
+            study.tell(trial, lr)
+
+    run(12)  # after ten, TPE and the pruner begin their work
+    return run
+
+
 def train(trial: optuna.Trial, epoch: float = 0.0) -> float:
     """Report EPOCHS values, `epoch` seconds apart, from where an earlier run stopped."""
     lr = float(suggest(trial)["lr"])

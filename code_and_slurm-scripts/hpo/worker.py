@@ -30,6 +30,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache, partial
 
 import optuna
@@ -317,6 +318,11 @@ def _log_to_stdout(settings: Settings) -> None:
     mine.propagate = False
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Lines(f"%(asctime)s {settings.worker}: %(message)s", datefmt="%H:%M:%S"))
-    # Where the script has closed its output, the lines are in the errors.
-    handler.handleError = lambda record: print(handler.format(record), file=sys.stderr)  # type: ignore[method-assign]
+    handler.handleError = partial(_say_elsewhere, handler)  # type: ignore[method-assign]
     mine.handlers[:] = [handler]
+
+
+def _say_elsewhere(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """Print a line with the errors, where the script has closed its output; as logging, or not."""
+    with suppress(OSError, ValueError):
+        print(handler.format(record), file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from common import SCRIPTS
@@ -339,3 +340,16 @@ def test_a_circle_in_modules_of_ones_own_is_a_mistake(tmp_path: Path) -> None:
     result = work(tmp_path, "if trial.number == 1:\n    import mine_a")
     assert result.returncode == 0, result.stdout + result.stderr
     assert [trial.state for trial in trials()] == [COMPLETE, FAIL, COMPLETE, COMPLETE]
+
+
+def test_a_file_that_torch_cannot_open_is_the_site_s_fault(tmp_path: Path) -> None:
+    """As on a full disk; but not where the script has named a folder, or one that is not there."""
+    old, new = f"File {tmp_path}/a.pt cannot be opened.", "x] . open file failed with strerror: {}"
+    assert site.fault_of(RuntimeError(old)) == old  # so said torch 2.6 on a full GlusterFS
+    away = new.format(os.strerror(errno.ENOTCONN))
+    assert site.fault_of(RuntimeError(away)) == away
+    assert site.fault_of(RuntimeError(new.format(os.strerror(errno.ENOENT)))) == ""
+    for path in (tmp_path, tmp_path / "none" / "a.pt"):
+        with pytest.raises(RuntimeError) as caught:
+            torch.save({}, path)
+        assert site.fault_of(caught.value) == ""

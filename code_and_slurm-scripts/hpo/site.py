@@ -7,6 +7,7 @@ No trial fails for it.  The worker tries again for some minutes, then stops with
 from __future__ import annotations
 
 import errno
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -47,9 +48,26 @@ def fault_of(error: BaseException) -> str:
             return one_line(each)
         if isinstance(each, OSError) and each.errno in ERRNO:
             return one_line(each)
-        if any(words in text_of(each) for words in WORDS):
+        if any(words in text_of(each) for words in WORDS) or _cannot_be_opened(each):
             return one_line(each)
     return ""
+
+
+def _cannot_be_opened(error: BaseException) -> bool:
+    """Whether torch.save could not open a file for such a reason; it gives no errno."""
+    if not isinstance(error, RuntimeError):
+        return False
+    if found := re.search(r"open file failed with strerror: (.+)", text := text_of(error)):
+        return found[1].strip() in map(os.strerror, ERRNO)
+    if not (found := re.search(r"File (.+) cannot be opened", text)):  # older ones say no more
+        return False
+    try:  # in a folder that is there, it could have been
+        os.stat(os.path.dirname(found[1]))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # away
+        return True
+    return not os.path.isdir(found[1])
 
 
 def half_imported(error: BaseException) -> str:

@@ -44,10 +44,12 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_storm_of_kills_in_the_search_and_in_the_final_runs(
-    monkeypatch: pytest.MonkeyPatch, own_study: Path
+    monkeypatch: pytest.MonkeyPatch, own_study: Path, tmp_path: Path
 ) -> None:
+    other = known_for_tests.other_study(tmp_path / "old.db", [0.1, 5.0, -0.2, 0.3, 0.4, 0.6])
     for name, value in (
         *(("TOTAL_TRIALS", "40"), ("FINAL_SEEDS", "3"), ("LEASE_GRACE", "1")),
+        ("FROM_STUDY", other),
         *(("SAMPLER", "random"), ("EPOCH", "0.05"), ("MAX_ATTEMPTS", "999")),
     ):
         monkeypatch.setenv(name, value)
@@ -72,8 +74,9 @@ def test_a_storm_of_kills_in_the_search_and_in_the_final_runs(
     assert {trial.state for trial in found[:30]} <= {TrialState.COMPLETE, TrialState.PRUNED}
     assert {trial.state for trial in found[30:]} == {TrialState.COMPLETE}  # never pruned
     assert [is_final(trial) for trial in found] == [False] * 30 + [True] * 10
-    assert [trial.params["x"] for trial in found[:2]] == [0.25, 0.5]
-    assert [trial.params["x"] for trial in found[:30]].count(0.25) == 1
+    known = [0.25, 0.5, 0.1, -0.2, 0.3, 0.4, 0.6]  # known_good's two, then FROM_STUDY's five
+    assert [trial.params["x"] for trial in found[:7]] == known
+    assert len({trial.params["x"] for trial in found[:30]}) == 30
     study = open_study(Settings.from_env())
     repeated = Counter(trial.user_attrs[FINAL_OF] for trial in found[30:])
     assert repeated == {trial.number: 2 for trial in best_searched(study, 5)}

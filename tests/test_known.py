@@ -8,7 +8,6 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 import known_for_tests
@@ -21,6 +20,7 @@ from hpo.search.samplers import assign
 from hpo.settings import Settings, UserError, forget
 from hpo.study.opening import create_or_open_study, open_study
 from hpo.words import logger
+from known_for_tests import other_study
 from storage_helpers import wait
 
 SCRIPT = Script("known_for_tests.py", vars(known_for_tests))
@@ -44,18 +44,6 @@ def trials() -> list[FrozenTrial]:
     """Return the trials of the test's study."""
     forget()
     return open_study(Settings.from_env()).get_trials()
-
-
-def other_study(path: Path, xs: list[float], name: str = "old", **more: float) -> str:
-    """Make a study whose trials have these values of x, the best in the middle of [-1, 1]."""
-    study = optuna.create_study(storage=f"sqlite:///{path}", study_name=name)
-    space: dict[str, BaseDistribution] = {"x": FloatDistribution(-9, 9)}
-    space |= {key: FloatDistribution(0, 1) for key in more}
-    for x in xs:
-        study.add_trial(
-            optuna.create_trial(value=x * x, params={"x": x, **more}, distributions=space)
-        )
-    return f"{path}:{name}"
 
 
 def test_workers_that_start_together_and_again_try_each_once(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
 
 from hpo.settings import forget, run_script
 from hpo.worker import run_worker
@@ -42,6 +44,18 @@ def objective(trial: optuna.Trial) -> float:
         if trial.should_prune():
             raise optuna.TrialPruned
     return float(value + trial.number * 1e-6)
+
+
+def other_study(path: Path, xs: list[float], name: str = "old", **more: float) -> str:
+    """Make a study whose trials have these values of x, the best in the middle of [-1, 1]."""
+    study = optuna.create_study(storage=f"sqlite:///{path}", study_name=name)
+    space: dict[str, BaseDistribution] = {"x": FloatDistribution(-9, 9)}
+    space |= {key: FloatDistribution(0, 1) for key in more}
+    for x in xs:
+        study.add_trial(
+            optuna.create_trial(value=x * x, params={"x": x, **more}, distributions=space)
+        )
+    return f"{path}:{name}"
 
 
 def start(rank: int) -> int:

@@ -29,7 +29,7 @@ from hpo.search.pruners import check_search
 from hpo.search.remembered import plan_of
 from hpo.settings import Settings, UserError, run_script
 from hpo.study.copying import copy_study
-from hpo.study.opening import create_or_open_study, stuck
+from hpo.study.opening import create_or_open_study, reach, stuck
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.serving.served import forget_dead_server
 from hpo.study.storage import StudyStorage
@@ -54,6 +54,7 @@ def main() -> int:
     script.check_needs(settings.py_script)
     check_search(settings)
     forget_dead_server(settings)
+    reach(settings)
     found = prepare(settings)
     study = create_or_open_study(settings)
     begin_with(study, found)

@@ -207,3 +207,20 @@ def test_only_the_settings_know_the_url() -> None:
         if ".study_db" in path.read_text().replace("options.study_db", "")
     }
     assert users == {"settings.py", "opening.py", "copying.py"}
+
+
+@pytest.mark.parametrize("url", ["postgresql://u@127.0.0.1:9/study", "grpc://127.0.0.1:9"])
+def test_the_server_is_asked_before_the_script_is_imported(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not answer takes seconds; to import torch first takes as many again."""
+    script = tmp_path / "slow.py"
+    script.write_text("raise SystemExit('imported')\ndef prepare(): run_worker\n")
+    monkeypatch.setattr(opening, "CONNECT_SECONDS", 1)
+    monkeypatch.setenv("PY_SCRIPT", str(script))
+    monkeypatch.setenv("STUDY_DB", url)
+    monkeypatch.setattr(sys, "argv", ["init_optuna_db.py"])
+    with pytest.raises(UserError) as caught:
+        init_optuna_db.main()
+    assert "127.0.0.1" in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == [script]

@@ -1,6 +1,7 @@
 """STUDY_DB → an Optuna storage, and the one place where a study is created, opened and checked.
 
-    study = create_or_open_study(settings)    init_optuna_db.py and the workers
+    reach(settings)                           init_optuna_db.py, before what takes longer
+    study = create_or_open_study(settings)    the same, and the workers
     study = open_study(settings)              check_best_model.py: never creates anything, and needs
                                               no permission to write
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from hpo import packages, values
 from hpo.files import AWAY
 from hpo.settings import SCRIPTS, Settings, UserError
 from hpo.study.engines import EngineError
-from hpo.study.engines.postgresql import PostgreSQL, ServerAway
+from hpo.study.engines.postgresql import NoTables, PostgreSQL, ServerAway
 from hpo.study.engines.sqlite_errors import DiskFull, StudyBusy
 from hpo.study.engines.sqlite_file import StudyFile, create_study_file
 from hpo.study.optuna_private import storage_of
@@ -69,6 +70,20 @@ def create_or_open_study(settings: Settings) -> Study:
         if path and not path.exists():
             create_study_file(str(path), settings.study_name, settings.directions)
         return _add_study(open_storage(settings, create=True), settings)
+
+
+def reach(settings: Settings) -> None:
+    """Ask whether the server of a study answers; make nothing there.
+
+    Before what takes longer: a script may import torch.  A MySQL is not asked, where Optuna would
+    make its tables.
+
+    Raises:
+        UserError: nobody answers, or what is there is no study of this Optuna.
+    """
+    if settings.postgresql_url or settings.study_db.startswith("grpc:"):
+        with clear_errors(settings), suppress(NoTables):
+            open_storage(settings).remove_session()
 
 
 def open_study(settings: Settings) -> Study:

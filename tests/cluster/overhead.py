@@ -1,0 +1,189 @@
+"""What a trial costs on the rehearsal cluster's file systems: ours, Optuna's SQLite, its journal.
+
+    python tests/cluster/overhead.py                    as root, about 8 minutes
+    python tests/cluster/overhead.py gluster 3          one file system, three rounds
+
+Trials of 1 s with 4 reports, of one worker on n1, and of 4 on n1 and n2 (two each): the
+milliseconds of a trial that are not its own.  The storages are measured in turn in each round; the
+medians are printed, and the median of each round's ratio to ours.  On GlusterFS, too: how often
+one worker's trial asks the file server for something, which no other work on the machine changes.
+
+The workers are processes of this machine, that see a host's /work/groupe through the host's own
+mount: its caches and locks are that host's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from statistics import mean, median
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "benchmarks")]
+
+from storage_engines import Engine, Journal, Stock, one_trial, warm_up  # noqa: E402
+
+from cluster.rehearsal import STATE, Cluster  # noqa: E402
+
+from optuna.samplers import RandomSampler  # isort: skip # noqa: E402
+
+ENGINES: tuple[type[Engine], ...] = (Engine, Stock, Journal)
+HOSTS = ("n1", "n2")
+SECONDS, TRIALS = 1.0, 3
+USER, PLACE = 1000, Path("/mnt")
+PR_SET_SECUREBITS, NO_SETUID_FIXUP = 28, 4
+CLONE_NEWNS, OPEN_TREE_CLONE, AT_FDCWD, MOVE_MOUNT_F_EMPTY_PATH = 0x20000, 1, -100, 4
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def call(name: str, *arguments: object) -> int:
+    """Call a function of the C library and return what it returns.  Raises OSError."""
+    if (result := int(getattr(LIBC, name)(*arguments))) < 0:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def see(host: str, file_system: str) -> Path:
+    """Show /work/groupe, as `host` has mounted it, to this process; return the user's folder."""
+    place = PLACE / f"{file_system}-{host}"
+    pid = (STATE / host / "pid").read_text().split()[0]
+    here, there = (os.open(f"/proc/{who}/ns/mnt", os.O_RDONLY) for who in ("self", pid))
+    call("setns", there, CLONE_NEWNS)
+    tree = call("open_tree", AT_FDCWD, b"/work/groupe", OPEN_TREE_CLONE)
+    call("setns", here, CLONE_NEWNS)
+    place.mkdir()
+    call("move_mount", tree, b"", AT_FDCWD, os.fsencode(place), MOVE_MOUNT_F_EMPTY_PATH)
+    for descriptor in (here, there, tree):
+        os.close(descriptor)
+    return place / Cluster.user
+
+
+@contextmanager
+def as_user() -> Iterator[None]:
+    """Be the ordinary user, for root SQLite does more; what Python is made of may be root's."""
+    os.setegid(USER)
+    os.seteuid(USER)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def asked() -> int:
+    """Return how often the file server was asked since the last call; 0 if there is none."""
+    if Cluster().file_system == "bind":
+        return 0
+    command = ("gluster", "volume", "profile", "gluster", "info", "incremental")
+    options = ["--user", "root", "--cd", "/"]
+    told = Cluster().run("storage", *command, options=options, timeout=600).stdout
+    return sum(int(count) for count in re.findall(r"[1-9][\d.]* [nu]s +(\d+) +[A-Z]+$", told, re.M))
+
+
+def work(rank: int, places: list[Path], engines: list[Engine], rounds: int, step: Barrier) -> None:
+    """Run trials on each storage, when it is its turn; print the mean milliseconds of a trial."""
+    sampler = RandomSampler(seed=rank)
+    for engine in engines:
+        folder = places[rank % len(places)] / engine.path.parent.name
+        engine.path = folder / engine.path.name
+    studies = [engine.study(rank, sampler) for engine in engines]
+    for study in studies:  # what is done once is no cost of a trial
+        study.tell(trial := study.ask(), one_trial(trial, 0.0))
+    for _ in range(rounds):
+        for name, study in enumerate(studies):
+            step.wait()
+            time.sleep(random.Random(rank).uniform(0, SECONDS))  # never in step
+            start = time.monotonic()
+            for _ in range(TRIALS):
+                study.tell(trial := study.ask(), one_trial(trial, SECONDS))
+            took = (time.monotonic() - start) / TRIALS - SECONDS
+            (places[0] / engines[name].path.parent.name / f"took-{rank}").write_text(str(took))
+            step.wait()
+
+
+def measure(places: list[Path], workers: int, rounds: int) -> list[list[tuple[float, float]]]:
+    """Return milliseconds and requests per trial, for each storage in each round."""
+    step = multiprocessing.Barrier(workers + 1, timeout=600)
+    found: list[list[tuple[float, float]]] = []
+    with as_user(), tempfile.TemporaryDirectory(dir=places[0]) as folder:
+        engines = [engine(Path(folder)) for engine in ENGINES]
+        arguments = (places, engines, rounds, step)
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=work, args=(n, *arguments)) for n in range(workers)]
+        for process in processes:
+            process.start()
+        for _ in range(rounds):
+            found.append([])
+            for _ in engines:
+                found[-1].append(_one(Path(folder), workers, step))
+        for process in processes:
+            process.join()
+    return found
+
+
+def _one(folder: Path, workers: int, step: Barrier) -> tuple[float, float]:
+    """Let the workers run trials on the next storage."""
+    os.seteuid(0)
+    asked()
+    step.wait()
+    step.wait()
+    requests = asked()
+    os.seteuid(USER)
+    took = [float((folder / f"took-{rank}").read_text()) for rank in range(workers)]
+    return 1000 * mean(took), requests / TRIALS / workers
+
+
+def show(file_system: str, workers: int, found: list[list[tuple[float, float]]]) -> None:
+    """Print a row for each storage."""
+    for number, engine in enumerate(ENGINES):
+        times = [row[number][0] for row in found]
+        ratio = median(row[number][0] / row[0][0] for row in found)
+        requests = median(row[number][1] for row in found)
+        print(
+            f"{file_system:11} {workers:7}  {engine.name:14} {median(times):7.0f} ms"
+            f"  x {ratio:5.2f} {f'{requests:9.0f}' if requests else '         '}"
+            f"   ({' '.join(f'{time:.0f}' for time in times)})",
+            flush=True,
+        )
+
+
+def main(file_systems: list[str], rounds: int) -> None:
+    """Print the table; the cluster is left as it was, or down."""
+    call("unshare", CLONE_NEWNS)  # the mounts end with this process
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", PLACE], check=True)
+    call("prctl", PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0)
+    cluster = Cluster()
+    runs = (STATE / "switch" / "pid").exists()
+    cluster.script("up", timeout=1800)
+    warm_up(RandomSampler())
+    print(f"load {os.getloadavg()[0] / (os.cpu_count() or 1):.1f} per core")
+    print("file system workers  storage         per trial   to ours  requests   (each round)")
+    try:
+        for file_system in file_systems:
+            with cluster.on(file_system):
+                if file_system != "bind":
+                    start = ("gluster", "volume", "profile", "gluster", "start")
+                    options = ["--user", "root", "--cd", "/"]
+                    cluster.run("storage", *start, options=options, check=False)
+                places = [see(host, file_system) for host in HOSTS]
+                for workers in (1, 4):
+                    show(file_system, workers, measure(places, workers, rounds))
+    finally:
+        if not runs:
+            cluster.script("down", timeout=600)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:2] or ["bind", "gluster"], int(sys.argv[2]) if sys.argv[2:] else 7)

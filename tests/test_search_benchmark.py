@@ -80,8 +80,24 @@ def test_speed_up_is_the_ratio_of_what_both_need_for_the_same(
     assert low < 2 < high
     assert search.difference(noisy, slow)[1] == pytest.approx(1 / math.sqrt(10), rel=0.5)
     lines = search.shown("title", {"random": slow, "old": slow, "new": fast}).splitlines()
-    assert lines[-1].endswith("  2.0 (2.0 … 2.0)     2.0 (2.0 … 2.0)")
-    assert lines[-1].split()[:4] == ["new", "0.005", "-0.69", "0.00"]
+    assert lines[-1].endswith("  2.0 (2.0 … 2.0)  2.0 (2.0 … 2.0)")
+    # After half the budget it is where the other is after all of it.
+    assert lines[-1].split()[:8] == ["new", "0.005", "-0.69", "±", "0.00", "+0.00", "±", "0.00"]
+
+
+def test_final_runs_see_through_a_lucky_one_and_are_paid_for() -> None:
+    class Luck(Bowl):
+        def curve(self, config: Mapping[str, Any], rng: np.random.Generator) -> list[float]:
+            lucky = rng.random() < 0.05
+            return [self.truth(config) - 0.3 * lucky] * self.full
+
+    finals = {**search.RANDOM, "FINAL_SEEDS": "5"}  # they cost 20 of the trainings
+    found = {
+        name: np.array([simulate(Luck(), method, 1, 60, seed) for seed in range(10)])
+        for name, method in (("one run", search.RANDOM), ("finals", finals))
+    }
+    assert not found["finals"][:, :20].any()  # nothing is left for a search: no better than typical
+    assert found["finals"][:, -1].mean() < found["one run"][:, 39].mean() - 0.5  # the same search
 
 
 def test_the_table_of_curves_is_whole() -> None:

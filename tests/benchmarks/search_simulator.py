@@ -2,7 +2,8 @@
 
 A worker asks, reports epoch after epoch, asks the pruner after each, and tells: with the samplers
 and pruners of hpo/search, each worker with its own sampler and seed, as in a job.  Only the
-training is looked up instead of done.  The cost of a study is the epochs of all its workers.
+training is looked up instead of done.  The cost of a study is the epochs of all its workers, its
+final runs (FINAL_SEEDS) among them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import optuna
@@ -19,7 +20,7 @@ from optuna.trial import TrialState
 
 from hpo.search.pruners import make_pruner
 from hpo.search.samplers import make_sampler, sampler_seed
-from hpo.settings import Settings
+from hpo.settings import FINALISTS, Settings
 
 SPEEDS = 0.2  # standard deviation of the logarithm of a trial's time per epoch
 FLOOR = 1e-3  # smallest regret that counts, of that of a random configuration
@@ -52,6 +53,13 @@ class _Running:
     epochs: int = 0
 
 
+class _Done(NamedTuple):
+    spent: int  # epochs of the whole study by then
+    number: int
+    config: dict[str, Any]
+    value: float
+
+
 def simulate(
     problem: Problem, method: Mapping[str, str], workers: int, budget: int, seed: int
 ) -> list[float]:
@@ -63,18 +71,50 @@ def simulate(
 
     Args:
         problem: what is minimised.
-        method: settings as in the environment, such as SAMPLER and PRUNER.
+        method: settings as in the environment, such as SAMPLER, PRUNER and FINAL_SEEDS.
         workers: that share the study.
         budget: in full trainings, over all workers.
         seed: of the samplers and of the noise; the same one pairs the runs of two methods.
     """
     settings = Settings.from_env(**method)
+    done = _search(problem, settings, workers, budget, seed)
+    scale = problem.typical - problem.best
+    found = []
+    for trainings in range(1, budget + 1):
+        # Each final run is counted as a full training, though its epochs may be fewer.
+        epochs = (trainings - settings.final_runs) * problem.full
+        within = [trial for trial in done if trial.spent <= epochs]
+        ranked = sorted(within, key=lambda trial: trial.value)
+        best = _best(ranked, problem, settings, seed)
+        regret = scale if best is None else problem.truth(best.config) - problem.best
+        found.append(math.log(max(regret, FLOOR * scale)))
+    return found
+
+
+def _best(ranked: list[_Done], problem: Problem, settings: Settings, seed: int) -> _Done | None:
+    """Return the first, or with final runs that of the first few whose mean is the lowest."""
+    if not ranked or not settings.final_runs:
+        return ranked[0] if ranked else None
+
+    def mean(trial: _Done) -> float:
+        again = [np.random.default_rng([seed, trial.number, n]) for n in range(1, seeds)]
+        values = [problem.curve(trial.config, rng)[-1] for rng in again]
+        return float(np.mean([trial.value, *values]))
+
+    seeds = 1 + settings.final_runs // FINALISTS
+    return min(ranked[:FINALISTS], key=mean)
+
+
+def _search(
+    problem: Problem, settings: Settings, workers: int, budget: int, seed: int
+) -> list[_Done]:
+    """Return the complete trials of a study, in the order in which they ended."""
     samplers = [make_sampler(settings, sampler_seed(seed, rank, 0)) for rank in range(workers)]
     study = optuna.create_study(pruner=make_pruner(settings))
     queue: list[tuple[float, int, _Running | None]] = [(0.0, rank, None) for rank in range(workers)]
-    found: list[float] = []
-    best_seen, regret, spent = math.inf, problem.typical - problem.best, 0
-    while len(found) < budget:
+    done: list[_Done] = []
+    spent = 0
+    while spent < budget * problem.full:
         now, rank, running = heapq.heappop(queue)
         if running is None:
             study.sampler = samplers[rank]
@@ -83,17 +123,15 @@ def simulate(
             continue
         state = _epoch(running)
         spent += 1
-        if state == TrialState.COMPLETE and running.curve[-1] < best_seen:
-            best_seen, regret = running.curve[-1], problem.truth(running.config) - problem.best
-        if state != TrialState.RUNNING:
+        if state == TrialState.COMPLETE:
+            done.append(_Done(spent, running.trial.number, running.config, running.curve[-1]))
+        ended = state != TrialState.RUNNING
+        if ended:
             value = running.curve[-1] if state == TrialState.COMPLETE else None
             study.tell(running.trial, value, state)
-        if spent % problem.full == 0:
-            found.append(math.log(max(regret, FLOOR * (problem.typical - problem.best))))
-        ended = state != TrialState.RUNNING
         later = now if ended else now + running.pace
         heapq.heappush(queue, (later, rank, None if ended else running))
-    return found
+    return done
 
 
 def _start(problem: Problem, study: optuna.Study, seed: int) -> _Running:

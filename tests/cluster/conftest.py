@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.rehearsal import CANNOT_RUN_HERE, STATE, Cluster, Scenario
+from cluster.rehearsal import CANNOT_RUN_HERE, STATE, Cluster, Outcome, Scenario
 
-# What takes long, and needs a file server that can stop.
-collect_ignore = [] if os.environ.get("FILE_SYSTEM") == "gluster" else ["test_faults.py"]
+collect_ignore = [] if "FILE_SYSTEM" in os.environ else ["test_faults.py"]  # it takes long
 DAEMONS = {"slurmd", "slurmctld", "munged", "bindfs", "glusterd", "glusterfsd", "glusterfs"}
 
 
@@ -57,11 +56,13 @@ def cluster() -> Iterator[Cluster]:
 
 
 rows = pytest.StashKey[list[Scenario]]()
+outcomes = pytest.StashKey[list[Outcome]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the table that scenarios write to."""
+    """Make the tables that scenarios and faults write to."""
     config.stash[rows] = []
+    config.stash[outcomes] = []
 
 
 @pytest.fixture
@@ -70,10 +71,18 @@ def record(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
     return request.config.stash[rows].append
 
 
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[Outcome], None]:
+    """Return the function that adds a row to the fault matrix."""
+    return request.config.stash[outcomes].append
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Print the table of scenarios."""
+    """Print the table of scenarios, and the fault matrix."""
+    if config.stash.get(outcomes, []):
+        show_outcomes(terminalreporter, config.stash[outcomes])
     if not config.stash.get(rows, []):
         return
     terminalreporter.section("scenarios on the rehearsal cluster")
@@ -84,3 +93,15 @@ def pytest_terminal_summary(
         terminalreporter.write_line(
             layout.format(row.name, row.workers, row.hosts, row.trials, seconds)
         )
+
+
+def show_outcomes(terminalreporter: pytest.TerminalReporter, found: list[Outcome]) -> None:
+    """Print the fault matrix."""
+    terminalreporter.section("fault matrix")
+    layout = "{:<28} {:<13} {:>11} {:>12} {:>9}  {}"
+    head = ("fault", "file system", "begun again", "resubmitted", "going on", "what is said")
+    terminalreporter.write_line(layout.format(*head))
+    for row in found:
+        seconds = f"{row.seconds:.0f} s"
+        line = layout.format(row.fault, row.file_system, row.again, row.resubmitted, seconds, "")
+        terminalreporter.write_line(line + row.told)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 STATE = Path(os.environ.get("CLUSTER_STATE", "/var/lib/optuna-turpan-cluster"))
@@ -26,6 +27,17 @@ class Scenario:
     hosts: str
     trials: str
     seconds: float
+
+
+class Outcome(NamedTuple):
+    """One row of the fault matrix."""
+
+    fault: str
+    file_system: str
+    again: int  # trials that were begun again
+    resubmitted: str
+    seconds: float  # until an epoch was trained of what was hit
+    told: str
 
 
 class Cluster:

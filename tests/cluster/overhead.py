@@ -2,6 +2,8 @@
 
     python tests/cluster/overhead.py                    as root, about 8 minutes
     python tests/cluster/overhead.py gluster 3          one file system, three rounds
+    python tests/cluster/overhead.py share              on GlusterFS, n2 behind a slow link: its
+                                                        share of the trials; about 6 minutes
 
 Trials of 1 s with 4 reports, of one worker on n1, and of 4 on n1 and n2 (two each): the
 milliseconds of a trial that are not its own.  The storages are measured in turn in each round; the
@@ -28,6 +30,7 @@ from contextlib import contextmanager
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "benchmarks")]
@@ -41,6 +44,7 @@ from optuna.samplers import RandomSampler  # isort: skip # noqa: E402
 ENGINES: tuple[type[Engine], ...] = (Engine, Stock, Journal)
 HOSTS = ("n1", "n2")
 SECONDS, TRIALS = 1.0, 3
+SHARE_SECONDS = 60.0
 USER, PLACE = 1000, Path("/mnt")
 PR_SET_SECUREBITS, NO_SETUID_FIXUP = 28, 4
 CLONE_NEWNS, OPEN_TREE_CLONE, AT_FDCWD, MOVE_MOUNT_F_EMPTY_PATH = 0x20000, 1, -100, 4
@@ -158,6 +162,52 @@ def show(file_system: str, workers: int, found: list[list[tuple[float, float]]])
         )
 
 
+def share(cluster: Cluster) -> None:
+    """Print which part of the trials the node behind a slow link has, of a fair half."""
+    for link in ("whole", "5", "20", "20 1"):
+        places = [see(host, f"gluster-{link.replace(' ', '-')}") for host in HOSTS]
+        with as_user(), tempfile.TemporaryDirectory(dir=places[0]) as folder:
+            engine = Engine(Path(folder))
+            step, counts = multiprocessing.Barrier(5, timeout=600), multiprocessing.Array("i", 4)
+            context = multiprocessing.get_context("fork")
+            arguments = (places, engine, step, counts)
+            processes = [context.Process(target=count, args=(n, *arguments)) for n in range(4)]
+            for process in processes:
+                process.start()
+            step.wait()  # all have run a trial
+            os.seteuid(0)
+            cluster.script("link", "n2", *link.split())
+            os.seteuid(USER)
+            step.wait()
+            for process in processes:
+                process.join()
+            os.seteuid(0)
+            cluster.script("link", "n2", "whole")
+            os.seteuid(USER)
+        each = [int(counts[rank]) for rank in range(4)]
+        slow, every = each[1] + each[3], sum(each)
+        ended = sum(process.exitcode != 0 for process in processes)
+        name = {"whole": "as n1"}.get(link, f"{link.split()[0]} ms" + ", 1 % lost" * (" " in link))
+        print(
+            f"n2 {name:16} {slow:4} of {every:4} trials: {slow / every:4.0%}"
+            f"   workers that ended: {ended}",
+            flush=True,
+        )
+
+
+def count(rank: int, places: list[Path], engine: Engine, step: Barrier, counts: Any) -> None:
+    """Run trials for a while, and count them; those of ranks 1 and 3 are on n2."""
+    engine.path = places[rank % 2] / engine.path.parent.name / engine.path.name
+    study = engine.study(rank, RandomSampler(seed=rank))
+    study.tell(trial := study.ask(), one_trial(trial, 0.0))
+    step.wait()
+    step.wait()
+    end = time.monotonic() + SHARE_SECONDS
+    while time.monotonic() < end:
+        study.tell(trial := study.ask(), one_trial(trial, SECONDS))
+        counts[rank] += 1
+
+
 def main(file_systems: list[str], rounds: int) -> None:
     """Print the table; the cluster is left as it was, or down."""
     call("unshare", CLONE_NEWNS)  # the mounts end with this process
@@ -169,20 +219,29 @@ def main(file_systems: list[str], rounds: int) -> None:
     cluster.script("up", timeout=1800)
     warm_up(RandomSampler())
     print(f"load {os.getloadavg()[0] / (os.cpu_count() or 1):.1f} per core")
-    print("file system workers  storage         per trial   to ours  requests   (each round)")
     try:
-        for file_system in file_systems:
-            with cluster.on(file_system):
-                if file_system != "bind":
-                    start = ("gluster", "volume", "profile", "gluster", "start")
-                    options = ["--user", "root", "--cd", "/"]
-                    cluster.run("storage", *start, options=options, check=False)
-                places = [see(host, file_system) for host in HOSTS]
-                for workers in (1, 4):
-                    show(file_system, workers, measure(places, workers, rounds))
+        if file_systems == ["share"]:
+            with cluster.on("gluster"):
+                share(cluster)
+        else:
+            side_by_side(cluster, file_systems, rounds)
     finally:
         if not runs:
             cluster.script("down", timeout=600)
+
+
+def side_by_side(cluster: Cluster, file_systems: list[str], rounds: int) -> None:
+    """Print the table of the storages."""
+    print("file system workers  storage         per trial   to ours  requests   (each round)")
+    for file_system in file_systems:
+        with cluster.on(file_system):
+            if file_system != "bind":
+                start = ("gluster", "volume", "profile", "gluster", "start")
+                options = ["--user", "root", "--cd", "/"]
+                cluster.run("storage", *start, options=options, check=False)
+            places = [see(host, file_system) for host in HOSTS]
+            for workers in (1, 4):
+                show(file_system, workers, measure(places, workers, rounds))
 
 
 if __name__ == "__main__":

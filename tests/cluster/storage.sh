@@ -95,7 +95,7 @@ link() {
             in_switch python3 "$HERE/slow_link.py" --whole "slow-$host"
             in_host "$host" python3 - --whole eth0 <"$HERE/slow_link.py"
             mkdir -p "$CLUSTER_STATE/link-$host"
-            setsid nsenter --target "$switch" --net python3 "$HERE/slow_link.py" "to-$host" "via-$host" "${@:2}" \
+            setsid nice -n -20 nsenter --target "$switch" --net python3 "$HERE/slow_link.py" "to-$host" "via-$host" "${@:2}" \
                 </dev/null &>"$CLUSTER_STATE/link-$host/console.log" &
             echo "$! $(start_time $!)" >"$CLUSTER_STATE/link-$host/pid" # as a host's: stop_host ends it
             ;;

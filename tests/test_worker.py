@@ -17,7 +17,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from common import HELPERS, SCRIPTS, Run
+from common import HELPERS, LIMIT, SCRIPTS, Run, wait_for
 from hpo.drain import Drain
 from hpo.search.samplers import sampler_seed
 from hpo.settings import Settings
@@ -127,14 +127,11 @@ def test_usr1_returns_the_trial_after_its_epoch(run: Run) -> None:
     ("signum", "behaviour"),
     [(signal.SIGTERM, "sleep"), (signal.SIGINT, "sleep"), (signal.SIGTERM, "image gone")],
 )
-def test_sigterm_returns_the_trial_at_once(
-    signum: signal.Signals, behaviour: str, own_study: Path
-) -> None:
+def test_sigterm_returns_the_trial_at_once(signum: signal.Signals, behaviour: str) -> None:
     worker = start(BEHAVIOUR=behaviour)
-    wait_for(TrialState.RUNNING, own_study)
-    time.sleep(1)  # until it is in the objective
+    read_until_it_sleeps(worker)
     worker.send_signal(signum)
-    output, _ = worker.communicate(timeout=30)
+    output, _ = worker.communicate(timeout=LIMIT)
     assert worker.returncode == 0, output
     assert "trial 0 back to the queue" in output
     assert [trial.state for trial in trials()] == [TrialState.WAITING]
@@ -144,7 +141,7 @@ def test_sigterm_returns_the_trial_at_once(
 def test_trial_of_a_worker_that_sigterm_has_killed_is_returned_too(own_study: Path) -> None:
     job = {"SLURM_JOB_ID": "7", "LEASE_GRACE": "600"}
     other = start(BEHAVIOUR="sleep", WORKER_RANK="1", **job)
-    wait_for(TrialState.RUNNING, own_study)
+    read_until_it_sleeps(other)
     killed = subprocess.Popen(
         ["bash", "hpo/job/keep_running.sh", str(OBJECTIVE), sys.executable, "-u"],
         env={**os.environ, "BEHAVIOUR": "die of SIGTERM", "WORKER_RANK": "0", **job},
@@ -153,10 +150,9 @@ def test_trial_of_a_worker_that_sigterm_has_killed_is_returned_too(own_study: Pa
         text=True,
         start_new_session=True,
     )
-    assert killed.stdout
-    assert any("ready to die" in line for line in killed.stdout)  # and no further line is read
+    read_until_it_sleeps(killed)
     os.killpg(killed.pid, signal.SIGTERM)  # as Slurm does, to all processes of a step
-    output, _ = killed.communicate(timeout=30)
+    output, _ = killed.communicate(timeout=LIMIT)
     assert killed.returncode == 128 + signal.SIGTERM
     assert "trial 1 back to the queue" in output
     assert [trial.state for trial in trials()] == [TrialState.RUNNING, TrialState.WAITING]
@@ -167,25 +163,20 @@ def test_trial_of_a_worker_that_sigterm_has_killed_is_returned_too(own_study: Pa
     other.communicate()
 
 
-def wait_for(state: TrialState, own_study: Path) -> FrozenTrial:
-    """Wait until the study's first trial is in that state; return it."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        found = trials() if own_study.exists() else []
-        if found and found[0].state == state:
-            return found[0]
-        time.sleep(0.1)
-    raise AssertionError(f"trial 0 is not {state.name}")
+def read_until_it_sleeps(worker: subprocess.Popen[str]) -> None:
+    """Wait until a worker is in its objective; what it says then is still to be read."""
+    assert worker.stdout
+    assert any(line == "asleep\n" for line in worker.stdout)
 
 
-def test_trial_of_a_killed_worker_is_run_by_the_one_that_waits(own_study: Path) -> None:
+def test_trial_of_a_killed_worker_is_run_by_the_one_that_waits() -> None:
     killed = start(BEHAVIOUR="sleep", TOTAL_TRIALS="1", LEASE_GRACE="2")
-    wait_for(TrialState.RUNNING, own_study)
-    time.sleep(1)  # until its parameters are written with a renewal of the lease
+    read_until_it_sleeps(killed)
+    wait_for(lambda: trials()[0].params)  # they are written with a renewal of the lease
     waiting = start(TOTAL_TRIALS="1", LEASE_GRACE="2")
     killed.kill()
     params = trials()[0].params
-    output, _ = waiting.communicate(timeout=60)
+    output, _ = waiting.communicate(timeout=LIMIT)
     assert waiting.returncode == 0, output
     assert "no trial left to claim; waiting" in output
     assert "trial 0 of a worker that died goes back to the queue" in output
@@ -208,17 +199,20 @@ def freeze(worker: subprocess.Popen[str], path: Path) -> None:
                 return
 
 
-def test_frozen_worker_is_told_that_its_trial_is_not_its_own(own_study: Path) -> None:
-    frozen = start(BEHAVIOUR="slow", TOTAL_TRIALS="1", LEASE_GRACE="1")
-    wait_for(TrialState.RUNNING, own_study)
+def test_frozen_worker_is_told_that_its_trial_is_not_its_own(
+    own_study: Path, tmp_path: Path
+) -> None:
+    frozen = start(GATES=str(tmp_path), TOTAL_TRIALS="1", LEASE_GRACE="1")
+    wait_for((tmp_path / f"process {frozen.pid}").exists)
     freeze(frozen, own_study)
     other = start(TOTAL_TRIALS="1", LEASE_GRACE="1")
-    output, _ = other.communicate(timeout=60)
+    output, _ = other.communicate(timeout=LIMIT)
     assert other.returncode == 0, output
     assert "trial 0 complete" in output
     value = trials()[0].value
+    (tmp_path / "0").touch()  # it may go on to its report
     frozen.send_signal(signal.SIGCONT)
-    output, _ = frozen.communicate(timeout=60)
+    output, _ = frozen.communicate(timeout=LIMIT)
     assert frozen.returncode == 0, output
     assert "trial 0 is no longer this worker's" in output
     assert "Traceback" not in output
@@ -234,7 +228,7 @@ def test_no_trial_starts_when_the_job_ends_too_soon(run: Run) -> None:
 
 
 def test_trial_goes_back_when_the_job_ends_before_its_next_epoch(run: Run) -> None:
-    end = str(int(time.time()) + 100)  # about ten seconds of work, then the reserve
+    end = str(int(time.time()) + 1500)  # of an epoch each ten seconds, and the reserve
     result = run(OBJECTIVE, TOTAL_TRIALS="1", SLURM_JOB_END_TIME=end, BEHAVIOUR="epochs")
     assert result.returncode == 0, result.stderr
     (trial,) = trials()
@@ -265,7 +259,7 @@ def test_four_workers_share_the_study_and_suggest_different_trials() -> None:
         )
         for rank in range(4)
     ]
-    output = [worker.communicate(timeout=120)[0] for worker in workers]
+    output = [worker.communicate(timeout=LIMIT)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 4, output
     assert all(f"worker {rank} on" in text for rank, text in enumerate(output))
     found = trials()

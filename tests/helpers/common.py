@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from hpo.settings import VARIABLES
 
@@ -46,3 +47,12 @@ TINY_T5 = {
 }
 
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
+LIMIT = 600.0  # seconds: only a test that fails waits so long, however busy the machine is
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    """Wait for what must happen."""
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import optuna
 
@@ -26,17 +27,20 @@ def objective(trial: optuna.Trial) -> float:
         os.kill(os.getpid(), signal.SIGUSR1)
     if behaviour == "die of SIGTERM":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("ready to die", flush=True)
     if behaviour in ("sleep", "die of SIGTERM"):
+        print("asleep", flush=True)
         time.sleep(600)
     if behaviour == "image gone":
         try:
+            print("asleep", flush=True)
             time.sleep(600)
         finally:
             raise OSError("Transport endpoint is not connected")
     if behaviour == "leave once" and not os.path.exists(os.environ["LEFT"]):
         open(os.environ["LEFT"], "x").close()
         os._exit(0)  # as some libraries do
+    if gates := os.environ.get("GATES"):
+        wait_at(Path(gates), trial.number)
     if behaviour == "slow":
         time.sleep(0.2)
     for epoch in range(1000 if behaviour == "epochs" else 1):
@@ -44,8 +48,21 @@ def objective(trial: optuna.Trial) -> float:
         if trial.should_prune():
             raise optuna.TrialPruned
         if behaviour == "epochs":
-            time.sleep(0.1)
+            pass_time(10.0)
     return "nothing" if behaviour == "text" else x * x  # type: ignore[return-value]
+
+
+def wait_at(gates: Path, number: int) -> None:
+    """Say that this process has come to a trial, and wait until the test opens its gate."""
+    (gates / f"process {os.getpid()}").touch()
+    while not (gates / f"{number}").exists():
+        time.sleep(0.05)
+
+
+def pass_time(seconds: float) -> None:
+    """Let this process believe that an epoch has taken so long."""
+    now = time.time
+    time.time = lambda: now() + seconds
 
 
 if __name__ == "__main__":

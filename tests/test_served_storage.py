@@ -20,7 +20,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from common import HELPERS, SCRIPTS, Run
+from common import HELPERS, LIMIT, SCRIPTS, Run, wait_for
 from hpo.job import return_trials
 from hpo.settings import Settings, UserError
 from hpo.show import progress
@@ -45,14 +45,6 @@ JOB = {
     "PYTHONPATH": str(SCRIPTS),
     "PY_SCRIPT": str(OBJECTIVE),
 }
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    """Wait for what must happen."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -122,22 +114,31 @@ def test_workers_outlive_their_server(
 
     One worker has left its first trial, with status 0: it is started again, too.
     """
-    workers = [start(rank, BEHAVIOUR="slow", FINAL_SEEDS="2") for rank in range(1, WORKERS)]
-    left = {"BEHAVIOUR": "leave once", "LEFT": str(tmp_path / "left")}
-    workers.append(start(0, FINAL_SEEDS="2", **left))
+    (gates := tmp_path / "gates").mkdir()
+    env = {"FINAL_SEEDS": "2", "GATES": str(gates)}
+    workers = [start(rank, BEHAVIOUR="slow", **env) for rank in range(1, WORKERS)]
+    workers.append(start(0, BEHAVIOUR="leave once", LEFT=str(tmp_path / "left"), **env))
     here = storage()
     before = find_server(own_study)
 
     def finished() -> int:
         return sum(trial.state.is_finished() for trial in here.get_all_trials(1))
 
+    def open_gates(*numbers: int) -> None:
+        for number in numbers:
+            (gates / f"{number}").touch()
+
+    wait_for(lambda: len(list(gates.iterdir())) == WORKERS)  # each of them has a trial
+    open_gates(0, 1)
     wait_for(lambda: finished() > 1)
     os.kill(server_of(keeper), signal.SIGSTOP)
+    open_gates(2, 3, 4)
     time.sleep(2)  # not to wait for something: so long nothing goes on
     os.kill(server_of(keeper), signal.SIGCONT)
     wait_for(lambda: finished() > 4)
     os.kill(killed := server_of(keeper), signal.SIGKILL)
-    output = [worker.communicate(timeout=120)[0] for worker in workers]
+    open_gates(*range(5, 12))
+    output = [worker.communicate(timeout=LIMIT)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * WORKERS, output
     assert all("complete" in text for text in output)
     assert not any("no longer this worker's" in text for text in output), output
@@ -145,7 +146,7 @@ def test_workers_outlive_their_server(
     assert server_of(keeper) != killed
     assert find_server(own_study) == before
     keeper.send_signal(signal.SIGTERM)
-    assert keeper.communicate(timeout=60)[0] == (
+    assert keeper.communicate(timeout=LIMIT)[0] == (
         "the study's server died with status 137: starting it again (1 of 3)\n"
     )
     assert keeper.returncode == 0
@@ -251,7 +252,7 @@ def test_others_may_look_at_the_backup_and_do_no_more(
 ) -> None:
     storage().create_new_trial(1, optuna.trial.create_trial(value=5.0))
     keeper.terminate()
-    assert keeper.wait(timeout=60) == 0
+    assert keeper.wait(timeout=LIMIT) == 0
     backup = own_study.with_name("study.db.backup")
     announce(own_study, Server("77", "n1", "127.0.0.1", [9], "secret"))
     os.utime(backup, (time.time() - 600, time.time() - 600))

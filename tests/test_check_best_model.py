@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState
 
 import optuna_mnist
-from common import SCRIPTS, SMALL, Run
+from common import LIMIT, SCRIPTS, SMALL, Run, wait_for
 from fake_study import fill
 from hpo import checkpoint, words
 from hpo.settings import Settings
@@ -65,10 +64,12 @@ def test_top_five_and_fail_reasons(study: optuna.Study, run: Run) -> None:
 
 def test_without_evaluation_it_takes_a_second(study: optuna.Study, run: Run) -> None:
     fill(study, 500)
-    begin = time.monotonic()
+    before = os.times()
     assert run("check_best_model.py").returncode == 0
-    seconds = time.monotonic() - begin
-    assert seconds < 1 + 1.5 * os.getloadavg()[0] / (os.cpu_count() or 1)
+    after = os.times()  # of the CPU: the machine may be busy with something else
+    assert after.children_user + after.children_system < 2 + (
+        before.children_user + before.children_system
+    )
 
 
 @pytest.mark.parametrize(("direction", "best"), [("minimize", [3, 1]), ("maximize", [0, 2])])
@@ -191,14 +192,13 @@ def test_final_training_uses_every_image(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def in_the_file(settings: Settings, reports: int) -> optuna.Study:
     """Return the study as another process sees it, once all reports of running trials are there."""
-    end = time.monotonic() + 300
-    while True:
-        study = create_or_open_study(settings)
-        running = study.get_trials(states=(RUNNING,))
-        if sum(len(trial.intermediate_values) for trial in running) == reports:
-            return study
-        assert time.monotonic() < end
-        time.sleep(0.1)
+
+    def there() -> int:
+        running = create_or_open_study(settings).get_trials(states=(RUNNING,))
+        return sum(len(trial.intermediate_values) for trial in running)
+
+    wait_for(lambda: there() == reports)
+    return create_or_open_study(settings)
 
 
 @pytest.mark.parametrize("page", ["OWN_MODEL.txt", "MON_MODELE.txt"])
@@ -213,7 +213,7 @@ def test_the_page_s_lines_open_a_study_on_a_laptop(
     lines = text[text.index("    from optuna import load_study\n\n") :].split("\n\nTensorBoard")[0]
     (tmp_path / "notebook.py").write_text(textwrap.dedent(lines))
     command = [sys.executable, "-I", "notebook.py"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
     assert said.returncode == 0, said.stderr
     assert said.stdout.startswith("0.001 {}\n")
     assert "\n4 COMPLETE [0.001] {'accuracy': 0.97}\n" in said.stdout
@@ -284,7 +284,7 @@ def test_watch_refreshes_a_terminal(study: optuna.Study) -> None:
     fill(study, 4)
     controller, terminal = pty.openpty()
     env = {**os.environ, "TOTAL_TRIALS": "4"}
-    subprocess.run([sys.executable, str(CHECK), "--watch"], env=env, stdout=terminal, timeout=60)
+    subprocess.run([sys.executable, str(CHECK), "--watch"], env=env, stdout=terminal, timeout=LIMIT)
     os.close(terminal)
     shown = os.read(controller, 65536).decode()
     assert shown.startswith(progress.HOME)

@@ -33,7 +33,7 @@ def start(rank: int, tasks: int, **env: str) -> subprocess.Popen[str]:
 
 def test_four_tasks_meet_and_task_0_prints_the_table(own_study: Path) -> None:
     tasks = [start(rank, 4) for rank in range(4)]
-    output = [task.communicate(timeout=120)[0] for task in tasks]
+    output = [task.communicate(timeout=600)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0] * 4, output
     assert output[1:] == ["", "", ""]
     for line in ("✓ folder    4 tasks on 1 hosts", "100 of 100 increments", "✓ data", "✓ packages"):

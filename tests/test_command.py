@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 import optuna_command
-from common import BUNDLE, SCRIPTS, Run
+from common import BUNDLE, LIMIT, SCRIPTS, Run, wait_for
 from hpo import checkpoint
 from hpo.drain import Drain, Drained
 from hpo.loops.command import Command
@@ -87,7 +86,7 @@ def test_shipped_example(run: Run) -> None:
 
 def test_needs_no_torch() -> None:
     code = "import optuna_command, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, timeout=LIMIT).returncode == 0
 
 
 def test_program_that_resumes_ends_with_the_same_value(study: optuna.Study) -> None:
@@ -251,7 +250,7 @@ def test_pruned_program_is_ended(
     trial = ended(study, shell(LOOP))
     assert trial.state == TrialState.PRUNED
     assert 1 <= len(trial.intermediate_values) < 50
-    assert not processes("program.sh")
+    wait_for(lambda: not processes("program.sh"))
 
 
 def test_nothing_is_reported_after_the_pruned_step(
@@ -290,8 +289,9 @@ def test_whole_group_is_ended_also_one_that_ignores_sigterm(
 ) -> None:
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
     child = f"{deaf} sleep 4321 & echo value 1; wait; sleep 4321"
-    assert ended(study, shell(f"{deaf} {child}", grace=0.5)).state == TrialState.PRUNED
-    assert not processes("sleep 4321")
+    grace = 0.5 if deaf else LIMIT
+    assert ended(study, shell(f"{deaf} {child}", grace=grace)).state == TrialState.PRUNED
+    wait_for(lambda: not processes("sleep 4321"))
     line = "the program did not end within 0.5 s of SIGTERM, and was ended by SIGKILL"
     assert (line in caplog.text) == says
 
@@ -354,7 +354,7 @@ def test_signals_of_the_worker_end_the_program(
     begun = Settings.from_env().checkpoints / "trial-00000" / "begun"
     wait_for(begun.exists)
     worker.send_signal(signum)
-    output, _ = worker.communicate(timeout=60)
+    output, _ = worker.communicate(timeout=LIMIT)
     wait_for(lambda: not processes("sleep 98765"))
     [trial] = open_study(Settings.from_env()).get_trials()
     if signum == signal.SIGKILL:
@@ -366,14 +366,6 @@ def test_signals_of_the_worker_end_the_program(
     assert again.returncode == 0
     [trial] = open_study(Settings.from_env()).get_trials()
     assert (trial.value, trial.intermediate_values) == (2.0, {0: 1.0, 1: 2.0})
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until the condition holds, a minute at most."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 # ---------- Failures ----------

@@ -19,13 +19,13 @@ from urllib.request import urlopen
 
 import pytest
 
-from common import HELPERS, SCRIPTS, Run
+from common import HELPERS, SCRIPTS, Run, wait_for
 from hpo.settings import Settings
 from hpo.study.opening import create_or_open_study
 from hpo.study.trials import best_trials
 
 OBJECTIVE = HELPERS / "objective_for_tests.py"
-TRIALS = 50  # of 0.2 s
+TRIALS = 10
 
 if not importlib.util.find_spec("optuna_dashboard") and "CI" not in os.environ:
     pytest.skip("needs optuna-dashboard (group test)", allow_module_level=True)
@@ -70,27 +70,26 @@ def trials(page: Callable[[str], str]) -> list[dict[str, Any]]:
 
 
 def test_dashboard_follows_a_worker(
-    dashboard: Callable[[str], str], own_study: Path, run: Run
+    dashboard: Callable[[str], str], own_study: Path, tmp_path: Path
 ) -> None:
     assert "<title>Optuna Dashboard</title>" in dashboard("/dashboard")
     worker = subprocess.Popen(
         [sys.executable, str(OBJECTIVE)],
         env={**os.environ, "PYTHONPATH": str(SCRIPTS), "TOTAL_TRIALS": str(TRIALS),
-             "BEHAVIOUR": "slow", "PRUNER": "none"},
+             "GATES": str(tmp_path), "PRUNER": "none"},
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    seen = set()
-    while worker.poll() is None:
-        seen.add(len(trials(dashboard)))
-        time.sleep(0.1)
-    assert worker.returncode == 0
-    # It was watched while it worked, though the dashboard reads at most every ten seconds.
-    assert seen & set(range(1, TRIALS)), seen
+    for number in range(5):
+        (tmp_path / f"{number}").touch()
+    # It is watched while it works, though the dashboard reads at most every ten seconds.
+    states = {"Complete": 5, "Running": 1}
+    wait_for(lambda: Counter(t["state"] for t in trials(dashboard)) == states)
+    for number in range(5, TRIALS):
+        (tmp_path / f"{number}").touch()
+    assert worker.wait() == 0
     before = hashlib.sha256(own_study.read_bytes()).hexdigest()
-    end = time.monotonic() + 120
-    while Counter(t["state"] for t in trials(dashboard)) != {"Complete": TRIALS}:
-        assert time.monotonic() < end
-        time.sleep(0.5)
+    states = {"Complete": TRIALS}
+    wait_for(lambda: Counter(t["state"] for t in trials(dashboard)) == states)
     summaries = json.loads(dashboard("/api/studies"))["study_summaries"]
     assert [study["study_name"] for study in summaries] == ["mnist_hpo"]
     assert hashlib.sha256(own_study.read_bytes()).hexdigest() == before
@@ -106,9 +105,7 @@ def test_what_the_page_says_that_it_gets_wrong(
         trial.set_constraint("memory", memory)
         study.tell(trial, value)
     assert [trial.number for trial in best_trials(study)] == [1]
-    end = time.monotonic() + 300
-    while len((seen := json.loads(dashboard("/api/studies/1")))["trials"]) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.5)
+    wait_for(lambda: len(trials(dashboard)) == 2)
+    seen = json.loads(dashboard("/api/studies/1"))
     assert [trial["number"] for trial in seen["best_trials"]] == [0]
     assert [trial["constraints"] for trial in seen["trials"]] == [[], []]

@@ -56,7 +56,7 @@ def work(
         env={**os.environ, "PYTHONPATH": str(SCRIPTS), "TOTAL_TRIALS": "4", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -6,7 +6,6 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 import check_best_model
 import known_for_tests
+from common import wait_for
 from hpo.search.given import FinalsAreWhole, GivenFirst
 from hpo.settings import Settings, UserError, forget
 from hpo.show import facts
@@ -33,14 +33,6 @@ def trials() -> list[FrozenTrial]:
     """Return the trials of the test's study."""
     forget()
     return open_study(Settings.from_env()).get_trials()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what must happen."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_storm_of_kills_in_the_search_and_in_the_final_runs(
@@ -64,9 +56,9 @@ def test_a_storm_of_kills_in_the_search_and_in_the_final_runs(
                 kill(pids[victim])
             pids[victim] = known_for_tests.start(victim)
 
-    until(own_study.exists)
+    wait_for(own_study.exists)
     storm(10)
-    until(lambda: any(map(is_final, trials())))
+    wait_for(lambda: any(map(is_final, trials())))
     storm(6)
     assert wait(pids) == [0] * 4
     found = trials()

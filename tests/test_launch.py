@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
-from common import BUNDLE
+from common import BUNDLE, LIMIT, wait_for
 
 APPTAINER = """#!/bin/bash
 # Stands for apptainer: checks the options, then runs the command without a container.
@@ -98,7 +97,7 @@ def sbatch(job: Path, **env: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
 
 
@@ -196,12 +195,9 @@ def test_signal_from_slurm_drains_the_workers(job: Path) -> None:
         ["bash", str(spooled)], cwd=job, env=env, stdout=subprocess.PIPE, text=True
     )
     log = job.parent / "logs" / "4711.0.out"
-    end = time.monotonic() + 120
-    while not log.exists() or "complete" not in log.read_text():
-        assert time.monotonic() < end, "no trial is finished"
-        time.sleep(0.2)
+    wait_for(lambda: log.exists() and "complete" in log.read_text())
     shell.send_signal(signal.SIGUSR1)  # to the batch shell alone, as --signal=B:USR1@90 does
-    output, _ = shell.communicate(timeout=120)
+    output, _ = shell.communicate(timeout=LIMIT)
     assert shell.returncode == 0, output
     assert "trials are left; this job finished" in output
     assert "no further trial" in log.read_text()
@@ -220,7 +216,7 @@ def test_estimate_needs_no_job(job: Path) -> None:
     script = job / "run-optuna-multinode_Turpan.sh"
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     result = subprocess.run(
-        ["bash", str(script), "--estimate"], env=env, capture_output=True, text=True, timeout=60
+        ["bash", str(script), "--estimate"], env=env, capture_output=True, text=True, timeout=LIMIT
     )
     assert result.returncode == 0, result.stderr
     assert "500 trials left" in result.stdout
@@ -252,13 +248,15 @@ def test_a_worker_whose_file_server_is_away_is_waited_for(tmp_path: Path) -> Non
         [[ ! -e {tmp_path}/was_away ]] || exit 0
         touch {tmp_path}/was_away
         mv {worker} {worker}.away
-        (sleep 1; mv {worker}.away {worker}) >/dev/null 2>&1 &
+        (until grep waiting {tmp_path}/said; do sleep 0.1; done
+        mv {worker}.away {worker}) >/dev/null 2>&1 &
         exit 2
     """)
     keeper = BUNDLE / "code_and_slurm-scripts" / "hpo" / "job" / "keep_running.sh"
-    result = subprocess.run(["bash", str(keeper), str(worker), "bash"], capture_output=True)
+    with (tmp_path / "said").open("w") as said:
+        result = subprocess.run(["bash", str(keeper), str(worker), "bash"], stderr=said)
     assert result.returncode == 0
-    assert b"waiting for the file server" in result.stderr
+    assert "waiting for the file server" in (tmp_path / "said").read_text()
     assert (tmp_path / "starts").read_text() == "x\nx\n"
 
 
@@ -278,7 +276,7 @@ def test_local_study_runs_and_goes_on_with_more_trials(local: Path) -> None:
             cwd="/",
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=LIMIT,
         )
         assert result.returncode == 0, result.stdout + result.stderr
         assert f"{total} trials: {total} complete" in result.stdout.replace(f"{total} of ", "")
@@ -303,7 +301,7 @@ def objective(trial):
     if trial.number == 0 and not Path("killed").exists():
         Path("killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1)
+    time.sleep(0.1)
     return search_space(trial)["x"]
 
 if __name__ == "__main__":
@@ -314,7 +312,12 @@ if __name__ == "__main__":
 def test_local_study_uses_the_preset_gpus_alone_and_starts_a_dead_worker_again(
     local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (local / "my.py").write_text(SCRIPT)
+    # Both have a trial before one ends, also where one starts late.
+    meet = """    Path(f"on {os.environ['CUDA_VISIBLE_DEVICES']}").touch()
+    while len(list(Path().glob("on *"))) < 2:
+        time.sleep(0.1)
+"""
+    (local / "my.py").write_text(SCRIPT.replace("    time.sleep(0.1)\n", meet))
     tool = local / "nvidia-smi"
     tool.write_text("#!/bin/bash\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     tool.chmod(0o755)
@@ -330,7 +333,7 @@ def test_local_study_uses_the_preset_gpus_alone_and_starts_a_dead_worker_again(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
     )
     assert result.returncode == 0, result.stdout
     study = optuna.load_study(study_name="mnist_hpo", storage=f"sqlite:///{local}/study.db")
@@ -353,6 +356,15 @@ if __name__ == "__main__":
 """
 
 
+def is_there(group: int) -> bool:
+    """Whether a process group has processes; one that has just ended is there for a moment."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_ends_all_workers_and_returns_their_trials(local: Path, number: int) -> None:
     """And so does a terminal that is closed: who follows it could not end them any more."""
@@ -367,16 +379,12 @@ def test_ctrl_c_ends_all_workers_and_returns_their_trials(local: Path, number: i
         # Where the tests run in the background of a shell, it is ignored, and bash keeps it so.
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL) and None,
     )
-    deadline = time.monotonic() + 120
-    while not (local / "study.db").exists() or "RUNNING" not in states(local):
-        assert time.monotonic() < deadline, "no worker has claimed a trial"
-        time.sleep(0.2)
+    wait_for(lambda: (local / "study.db").exists() and "RUNNING" in states(local))
     os.killpg(launcher.pid, number)  # what a terminal does with Ctrl-C, and when it is closed
-    output, _ = launcher.communicate(timeout=60)
+    output, _ = launcher.communicate(timeout=LIMIT)
     assert launcher.returncode == 130, output
     assert "The same command goes on with the study" in output
-    with pytest.raises(ProcessLookupError):
-        os.killpg(launcher.pid, 0)  # no process of the group is left
+    wait_for(lambda: not is_there(launcher.pid))
     assert "RUNNING" not in states(local)
     assert "WAITING" in states(local)
 
@@ -398,7 +406,7 @@ def test_installation_is_mended_and_needs_a_network(tmp_path: Path) -> None:
             env={**os.environ, **no_network, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=LIMIT,
         )
         assert done.returncode == status, done.stderr
         assert said in done.stderr
@@ -438,7 +446,7 @@ def test_the_server_knows_the_nodes_and_its_death_is_one_line(job: Path) -> None
         env={**os.environ, "SERVER": str(tools / "server"), "PY_SCRIPT": "my.py"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
     )
     call = "-m hpo.study.serving.server 8 n1 n2\n"
     assert Path(os.environ["RECORD"]).read_text() == f"{call}{call}stopped\n"

@@ -42,7 +42,7 @@ def test_eight_processes_unpack_at_once(root: Path) -> None:
     )
     folder = BUNDLE / "code_and_slurm-scripts"
     workers = [subprocess.Popen([sys.executable, "-c", code], cwd=folder) for _ in range(8)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0] * 8
+    assert [worker.wait(timeout=600) for worker in workers] == [0] * 8
     names = sorted(path.name for path in (root / "MNIST" / "raw").iterdir())
     assert names == sorted([*mnist.MD5, *(f"{name}.gz" for name in mnist.MD5)])
 

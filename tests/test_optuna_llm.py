@@ -301,7 +301,7 @@ def test_missing_peft_is_named_with_its_command(data: Path, tmp_path: Path) -> N
         env={**os.environ, "PYTHONPATH": str(packages)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 2, result.stderr
     assert "optuna_llm.py needs peft, which this Python has not" in result.stderr

@@ -237,7 +237,7 @@ def test_check_without_torch(study: optuna.Study, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(packages)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     assert "best_value  0.5 (trial 0)" in result.stdout
@@ -246,7 +246,7 @@ def test_check_without_torch(study: optuna.Study, tmp_path: Path) -> None:
 
 def test_no_script_of_the_login_node_imports_torch() -> None:
     code = "import check_best_model, init_optuna_db, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, timeout=600).returncode == 0
 
 
 def test_watch_ends_when_the_study_is_done(study: optuna.Study, run: Run) -> None:
@@ -255,7 +255,7 @@ def test_watch_ends_when_the_study_is_done(study: optuna.Study, run: Run) -> Non
     env = {**os.environ, "TOTAL_TRIALS": "1"}
     watcher = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     assert run("optuna_mnist.py", TOTAL_TRIALS="1").returncode == 0
-    output, _ = watcher.communicate(timeout=60)
+    output, _ = watcher.communicate(timeout=600)
     assert watcher.returncode == 0
     assert re.search("1 of 1 (finished|trials: 1 complete)", output.splitlines()[-1]), output
     assert open_study(Settings.from_env()).best_value > 0

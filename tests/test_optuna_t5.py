@@ -296,7 +296,7 @@ def test_missing_package_is_named_with_its_command(
             env={**os.environ, "PYTHONPATH": str(packages)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         assert result.returncode == 2, result.stderr
         assert "optuna_t5.py needs transformers, which" in result.stderr
@@ -332,7 +332,7 @@ def test_study_from_start_to_export(tiny_pairs: Path, run: Run, tmp_path: Path) 
         env={"PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert "T5ForConditionalGeneration" in loaded.stdout, loaded.stderr
     retrained = run("check_best_model.py", "--retrain", "2", **later)

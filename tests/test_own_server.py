@@ -17,7 +17,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from common import SCRIPTS
+from common import LIMIT, SCRIPTS
 from hpo.settings import Settings, UserError
 from hpo.study import copying
 from hpo.study.engines.postgresql import PostgreSQL
@@ -31,13 +31,15 @@ from storage_helpers import open_study as open_path
 
 COPY = "postgresql-job.mnist_hpo.backup"
 MY_SCRIPT = """
-import time
+import os, time
 from hpo.settings import run_script
 from hpo.worker import run_worker
 
 def objective(trial):
     x = trial.suggest_float("x", -1, 1)
-    time.sleep(0.5)
+    while any(trial.number >= n and not os.path.exists(f"from {n}") for n in (5, 12)):
+        time.sleep(0.05)
+    time.sleep(0.3)
     with open("ended", "a") as file:
         file.write(f"{trial.number}\\n")
     return x
@@ -49,7 +51,7 @@ if __name__ == "__main__":
 
 def wait_for(condition: Callable[[], Any], launcher: subprocess.Popen[str]) -> None:
     """Wait for what must happen while the launch script runs."""
-    end = time.monotonic() + 300
+    end = time.monotonic() + LIMIT
     while not condition():
         assert launcher.poll() is None, launcher.communicate()[0]
         assert time.monotonic() < end
@@ -91,9 +93,10 @@ def test_a_server_dies_the_study_is_stopped_and_goes_on(
     secret = find_server(local / "postgresql-job").secret  # type: ignore[union-attr]
     os.kill(int(pid_file.read_text().split()[0]), signal.SIGKILL)
     before = len(ended.read_text().split())
+    (local / "from 5").touch()
     wait_for(lambda: len(ended.read_text().split()) > before + 2, launcher)
     os.killpg(launcher.pid, signal.SIGINT)
-    first, _ = launcher.communicate(timeout=120)
+    first, _ = launcher.communicate(timeout=LIMIT)
     assert launcher.returncode == 130, first
     assert "the study's server died with status 137: starting it again (1 of 3)" in first
     assert not there.exists()
@@ -101,8 +104,9 @@ def test_a_server_dies_the_study_is_stopped_and_goes_on(
     states = Counter(trial.state for trial in trials_of(copy))
     assert states[TrialState.COMPLETE] > before
     assert TrialState.RUNNING not in states
+    (local / "from 12").touch()
     launcher = launch()
-    second, _ = launcher.communicate(timeout=300)
+    second, _ = launcher.communicate(timeout=LIMIT)
     assert launcher.returncode == 0, second
     assert f"{states.total()} trials from the last copy" in second
     trials = trials_of(copy)

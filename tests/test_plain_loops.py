@@ -75,7 +75,7 @@ def test_missing_framework_is_one_line_by_hand(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 2, done.stderr
     says, command = done.stderr.splitlines()
@@ -106,7 +106,7 @@ def test_study_of_its_own(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(SCRIPTS), "TOTAL_TRIALS": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     [trial] = open_study(Settings.from_env()).trials

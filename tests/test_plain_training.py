@@ -32,7 +32,7 @@ def run_plain(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(SCRIPTS), "TOTAL_TRIALS": "2", "PRUNER": "none"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 

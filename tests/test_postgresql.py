@@ -173,7 +173,7 @@ def test_a_server_that_is_away(path: Path, server: PostgreSQLServer) -> None:
     with pytest.raises(EngineError, match="has been away"):
         study.get_trials()
     server.start()
-    storage_of(study).file.timeout = LIMIT
+    storage_of(study).file.timeout = LIMIT  # type: ignore[attr-defined]
     trial.report(1.0, 0)  # the same call once more
     server.stop("fast")
     server.start()
@@ -218,7 +218,7 @@ def test_a_server_that_stands_still(
                 trial.report(1.0, 0)
     finally:
         server.signal(signal.SIGCONT)
-    storage_of(study).file.timeout = LIMIT
+    storage_of(study).file.timeout = LIMIT  # type: ignore[attr-defined]
     trial.report(1.0, 0)
     study.tell(trial, 2.0)
     (frozen,) = study.get_trials()

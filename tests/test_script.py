@@ -30,7 +30,7 @@ def run(path: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]
         env={**os.environ, "PYTHONPATH": str(SCRIPTS), "TOTAL_TRIALS": "2", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -263,7 +263,7 @@ def test_a_storm_of_faults_costs_the_bad_trials_alone(tmp_path: Path) -> None:
         )
         for rank in range(3)
     ]
-    logs = [worker.communicate(timeout=240)[0] for worker in workers]
+    logs = [worker.communicate(timeout=600)[0] for worker in workers]
     found = open_study(Settings.from_env()).get_trials()
     assert [trial.number for trial in found] == list(range(60))
     for trial in found:

@@ -9,15 +9,19 @@ import sqlite3
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
+from common import LIMIT, wait_for
+from hpo.study import leases
 from hpo.study.engines.sqlite_file import create_study_file
 from hpo.study.storage import LeaseLost, NoTrialLeft, StudyStorage
 from storage_helpers import (
@@ -250,33 +254,57 @@ def test_a_dead_jobs_trials_return_at_once(path: Path) -> None:
     assert read_trials(path)[2].state == TrialState.RUNNING  # no job: only its counter tells
 
 
-def test_a_lease_that_moves_is_never_taken(path: Path) -> None:
-    a, b = open_study(path, "a"), open_study(path, "b", grace=0.2)
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return what lets seconds pass on the clock of those who look at leases."""
+    now = 0.0
+
+    def pass_by(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(leases, "time", SimpleNamespace(monotonic=lambda: now))
+    return pass_by
+
+
+def test_a_lease_that_moves_is_never_taken(path: Path, passes: Callable[[float], None]) -> None:
+    a, b = open_study(path, "a"), open_study(path, "b", grace=20.0)
     trial = a.ask()
     for _ in range(20):
-        time.sleep(0.05)
+        passes(5.0)
         storage_of(a).renew_lease(trial._trial_id)
         assert storage_of(b).return_stale_trials(b._study_id) == []
-    deadline = time.monotonic() + 0.2 + 0.1  # grace and one poll (and the machine's noise)
-    while not storage_of(b).return_stale_trials(b._study_id):
-        time.sleep(0.02)
-    assert time.monotonic() < deadline + 0.2
+    for _ in range(3):
+        passes(5.0)
+        assert storage_of(b).return_stale_trials(b._study_id) == []
+    passes(5.0)  # the grace period is over
+    assert storage_of(b).return_stale_trials(b._study_id) == [0]
 
 
-def test_an_observer_that_was_stopped_itself_takes_nothing(path: Path) -> None:
-    a, b = open_study(path, "a"), open_study(path, "b", grace=0.3)
+def test_an_observer_that_was_stopped_itself_takes_nothing(
+    path: Path, passes: Callable[[float], None]
+) -> None:
+    a, b = open_study(path, "a"), open_study(path, "b", grace=20.0)
     a.ask()
     storage_of(b).return_stale_trials(b._study_id)
-    time.sleep(0.9)  # the whole cluster hangs for three grace periods
+    passes(60.0)  # the whole cluster hangs for three grace periods
     assert storage_of(b).return_stale_trials(b._study_id) == []
 
 
-def _run_slowly(path: Path, log: Path, grace: float) -> None:
+def _run(path: Path, log: Path, grace: float, go: Path | None = None) -> None:
+    """Be a worker, who waits after its first report until there is a file `go`."""
+
     def objective(trial: optuna.Trial, epoch: float) -> float:
+        if go:
+            trial.report(suggest(trial)["lr"], 0)
+            storage_of(trial.study).renew_lease(trial._trial_id)  # takes it along to the file
+            write_line(log, "reported 0")
+        while go and not go.exists():
+            time.sleep(0.01)
         value = train(trial, epoch)
         return value + 1000 * os.getpid()  # so that one sees whose result was kept
 
-    work(path, 0, 1, grace=grace, epoch=0.5, objective=objective, log=log)
+    work(path, 0, 1, grace=grace, objective=objective, log=log)
 
 
 def _freeze(pid: int, path: Path) -> None:
@@ -299,15 +327,13 @@ def _freeze(pid: int, path: Path) -> None:
 
 
 def test_frozen_workers_late_result_is_refused(path: Path) -> None:
-    log, errors, grace = path.parent / "log", path.parent / "errors", 0.5
-    frozen = fork(_run_slowly, path, log, grace, stderr=errors)
-    while not count_lines(log, "claimed"):
-        time.sleep(0.01)
-    time.sleep(0.7)  # one report is in the file
+    log, errors, go = path.parent / "log", path.parent / "errors", path.parent / "go"
+    frozen = fork(_run, path, log, 10.0, go, stderr=errors)
+    wait_for(lambda: count_lines(log, "reported"))
     _freeze(frozen, path)
-    other = fork(_run_slowly, path, log, grace, stderr=errors)
-    while count_lines(log, "claimed") != {0: 2}:
-        time.sleep(0.01)
+    other = fork(_run, path, log, 0.5, stderr=errors)
+    wait_for(lambda: count_lines(log, "claimed") == {0: 2})
+    go.touch()
     os.kill(frozen, signal.SIGCONT)
     assert wait([frozen, other]) == [0, 0]
     assert errors.read_text() == ""  # no traceback
@@ -332,7 +358,7 @@ def _work_with_other_clocks(path: Path, rank: int, log: Path, offset: float) -> 
     time.time, time.monotonic = lambda: wall() + offset, lambda: monotonic() + 7 * offset
     for module in ("hpo.study.storage", "hpo.study.held", "hpo.study.tables"):
         vars(sys.modules[module])["datetime"] = Elsewhere
-    work(path, rank, 24, grace=1.0, epoch=0.05, log=log)
+    work(path, rank, 24, grace=10.0, epoch=0.05, log=log)
 
 
 def test_clocks_ten_minutes_apart_take_no_live_trial(path: Path) -> None:
@@ -471,7 +497,7 @@ def test_threads_and_copies_share_one_file(path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(LIMIT)
     check_study(path, 40)
     copied: StudyStorage = pickle.loads(pickle.dumps(storage_of(study)))
     assert len(copied.get_all_trials(study._study_id)) == 40
@@ -501,7 +527,7 @@ def test_fork_never_splits_another_threads_transaction(path: Path) -> None:
     children = [fork(storage.get_n_trials, study._study_id) for _ in range(40)]
     stop.set()
     thread.join()
-    deadline, ends = time.monotonic() + 30, list[int]()
+    deadline, ends = time.monotonic() + LIMIT, list[int]()
     while children and time.monotonic() < deadline:
         pid, status = os.waitpid(children[0], os.WNOHANG)
         if pid:

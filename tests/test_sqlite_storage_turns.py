@@ -19,6 +19,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from common import wait_for
 from hpo import checkpoint
 from hpo.study import tables, trials
 from hpo.study.leases import LeaseLost
@@ -44,14 +45,6 @@ only_sqlite = pytest.mark.parametrize("path", ["sqlite"], indirect=True)
 def reports(path: Path) -> dict[int, float]:
     """Return the reports of the only trial that are in the database."""
     return read_trials(path)[0].intermediate_values
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what must happen."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 # ---- what waits, and until when --------------------------------------------------------------
@@ -89,10 +82,10 @@ def test_what_waits_is_written_in_time_by_itself(path: Path) -> None:
     study = open_study(path, wait=0.2)
     trial = study.ask()
     trial.report(1.0, 0)
-    until(lambda: reports(path) == {0: 1.0})
+    wait_for(lambda: reports(path) == {0: 1.0})
     storage_of(study).set_trial_system_attr(trial._trial_id, "rung", 1)
     trial.report(2.0, 1)
-    until(lambda: reports(path) == {0: 1.0, 1: 2.0})
+    wait_for(lambda: reports(path) == {0: 1.0, 1: 2.0})
     assert read_trials(path)[0].system_attrs == {"rung": 1}
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -17,7 +18,7 @@ from optuna.trial import TrialState
 
 import check_best_model
 import init_optuna_db
-from common import HELPERS, SCRIPTS, Run
+from common import HELPERS, SCRIPTS, Run, wait_for
 from hpo import settings as process
 from hpo.job import count, return_trials
 from hpo.settings import Settings, UserError, run_script
@@ -50,9 +51,18 @@ def test_a_stuck_trial_is_said_and_goes_back(
     study = create_or_open_study(Settings.from_env())
     command = [sys.executable, str(OBJECTIVE)]
     killed = subprocess.Popen(command, env={**os.environ, "BEHAVIOUR": "sleep", "LEASE_GRACE": "1"})
-    while not any(trial.system_attrs.get(upkeep.ALIVE, 0) > 1 for trial in study.get_trials()):
-        assert killed.poll() is None
-    assert upkeep.return_stuck(study, 2) == []  # it shows life
+
+    def life() -> int:
+        return sum(trial.system_attrs.get(upkeep.ALIVE, 0) for trial in study.get_trials())
+
+    def sleep(seconds: float) -> None:  # so long that it can show life
+        before = life()
+        wait_for(lambda: life() > before)
+
+    wait_for(life)
+    with monkeypatch.context() as patch:
+        patch.setattr(upkeep, "time", SimpleNamespace(sleep=sleep))
+        assert upkeep.return_stuck(study, 2) == []
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     result = run(OBJECTIVE)

@@ -41,7 +41,7 @@ def test_init_takes_the_arguments_of_the_guide(run: Run, tmp_path: Path) -> None
 def test_twelve_processes_create_one_study(own_study: Path) -> None:
     command = [sys.executable, str(SCRIPTS / "init_optuna_db.py")]
     processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(12)]
-    assert [process.wait(timeout=120) for process in processes] == [0] * 12
+    assert [process.wait(timeout=600) for process in processes] == [0] * 12
     assert optuna.get_all_study_names(storage=f"sqlite:///{own_study}") == ["mnist_hpo"]
     files = {path.name for path in own_study.parent.iterdir()}
     # SQLite's two and the turn (hpo/study/engines/turn.py), and nothing left over

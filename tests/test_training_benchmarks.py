@@ -23,7 +23,7 @@ FOLDER = BUNDLE / "tests" / "benchmarks"
 )
 def test_benchmark_runs(arguments: list[str], says: str) -> None:
     command = [sys.executable, str(FOLDER / arguments[0]), *arguments[1:]]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=600)
     assert result.returncode == 0, result.stderr
     assert says in result.stdout
 

@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from common import SCRIPTS
+from common import LIMIT, SCRIPTS, wait_for
 
 MPS = SCRIPTS / "hpo" / "job" / "mps.sh"
 CONTROL = """#!/bin/bash
@@ -45,7 +44,7 @@ def test_every_worker_has_its_rank_and_finds_the_daemon(
     task: dict[str, str], tmp_path: Path
 ) -> None:
     command = 'echo "$WORKER_RANK $APPTAINER_BIND" >"$TMPDIR/worker.$WORKER_RANK"'
-    subprocess.run(["bash", str(MPS), "bash", "-c", command], env=task, check=True, timeout=30)
+    subprocess.run(["bash", str(MPS), "bash", "-c", command], env=task, check=True, timeout=LIMIT)
     lines = [path.read_text().split() for path in sorted(tmp_path.glob("worker.*"))]
     assert [rank for rank, _ in lines] == ["3", "4", "5"]
     assert len({folder for _, folder in lines}) == 1
@@ -74,7 +73,7 @@ def test_without_mps_the_workers_run_plainly(
         env={**task, "STATE": "FAULT"},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=LIMIT,
     )
     assert result.returncode == 0
     said = result.stdout.splitlines()
@@ -88,14 +87,11 @@ def test_sigterm_while_mps_starts_begins_no_worker(task: dict[str, str], tmp_pat
     (tmp_path / "servers").write_text("")  # none yet: the task waits for one
     command = ["bash", str(MPS), "touch", str(tmp_path / "worker")]
     process = subprocess.Popen(command, env=task)
-    deadline = time.monotonic() + 30
     record = tmp_path / "record"
-    while not record.exists() or "get_server_list" not in record.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: record.exists() and "get_server_list" in record.read_text())
     process.terminate()
     (tmp_path / "servers").write_text("77")
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=LIMIT) == 0
     assert not (tmp_path / "worker").exists()
     assert Path(task["RECORD"]).read_text().splitlines()[-1] == "quit"
 
@@ -112,7 +108,7 @@ def test_gpu_is_named_by_its_uuid_where_nvidia_smi_knows_it(
             env={**task, "CUDA_VISIBLE_DEVICES": "0"},
             stdout=subprocess.PIPE,
             text=True,
-            timeout=30,
+            timeout=LIMIT,
         )
         assert result.stdout.splitlines()[1:] == [expected] * 3
 
@@ -121,7 +117,7 @@ def test_status_of_a_failed_worker_is_kept(task: dict[str, str]) -> None:
     result = subprocess.run(
         ["bash", str(MPS), "bash", "-c", "exit $((WORKER_RANK == 4 ? 7 : 0))"],
         env=task,
-        timeout=30,
+        timeout=LIMIT,
     )
     assert result.returncode == 7
 
@@ -140,10 +136,7 @@ def test_signal_reaches_every_worker_and_the_task_waits(
     )
     process = subprocess.Popen(["bash", str(MPS), sys.executable, "-c", code], env=task)
     files = [tmp_path / f"worker.{rank}" for rank in (3, 4, 5)]
-    deadline = time.monotonic() + 30
-    while not all(path.exists() and path.read_text() for path in files):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: all(path.exists() and path.read_text() for path in files))
     process.send_signal(number)
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=LIMIT) == 0
     assert [path.read_text() for path in files] == ["end"] * 3

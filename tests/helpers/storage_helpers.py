@@ -153,7 +153,7 @@ def claim(study: optuna.Study, grace: float) -> optuna.Trial | None:
         except NoTrialLeft:
             if all(t.state.is_finished() for t in study.get_trials(deepcopy=False)):
                 return None
-            time.sleep(grace / 5)
+            time.sleep(min(grace / 5, 1.0))
 
 
 def write_line(log: Path | None, line: str) -> None:

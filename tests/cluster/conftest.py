@@ -48,7 +48,7 @@ def cluster() -> Iterator[Cluster]:
     if started.returncode == CANNOT_RUN_HERE and "CI" not in os.environ:
         pytest.skip(started.stderr.strip())
     assert started.returncode == 0, started.stdout + started.stderr
-    cluster.script("file-system", os.environ.get("FILE_SYSTEM", "bind"), timeout=300)
+    cluster.script("file-system", os.environ.get("FILE_SYSTEM", "bind"), timeout=600)
     yield cluster
     if "CLUSTER_KEEP" not in os.environ:
         cluster.script("down", timeout=600)

@@ -63,7 +63,7 @@ class Cluster:
         return Path("/proc", pid, "root")
 
     def script(
-        self, *arguments: str, check: bool = True, stdin: str = "", timeout: float = 120
+        self, *arguments: str, check: bool = True, stdin: str = "", timeout: float = 600
     ) -> subprocess.CompletedProcess[str]:
         """Run `cluster.sh ARGUMENTS`."""
         command = ["bash", str(HERE / "cluster.sh"), *arguments]
@@ -83,7 +83,7 @@ class Cluster:
         options: Sequence[str] = (),
         check: bool = True,
         stdin: str = "",
-        timeout: float = 120,
+        timeout: float = 600,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a host; `options` are those of `cluster.sh exec`."""
         arguments = ("exec", host, *options, "--", *command)
@@ -137,11 +137,11 @@ class Cluster:
     def on(self, file_system: str) -> Iterator[None]:
         """The hosts share a file system of another kind, within this context."""
         was = self.file_system
-        self.script("file-system", file_system, timeout=300)
+        self.script("file-system", file_system, timeout=600)
         try:
             yield
         finally:
-            self.script("file-system", was, timeout=300)
+            self.script("file-system", was, timeout=600)
 
     @contextmanager
     def broken_locks(self) -> Iterator[None]:

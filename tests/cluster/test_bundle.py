@@ -107,12 +107,22 @@ class Bundle:
         assert times, before
         path.write_text(edited)
 
+    def hold(self, first: int) -> None:
+        """Let all trials from this one on wait for `go`: a job is in their middle until then."""
+        wait = f"while trial.number >= {first} and not os.path.exists('go'): time.sleep(0.1)"
+        for line in ("import os, time", wait):
+            self.insert(line, before="loss, _ = evaluate(")
+
+    def go(self) -> None:
+        """End the wait of `hold`."""
+        (self.cluster.shared / self.scripts.lstrip("/") / "go").touch()
+
     def log(self, job: int, worker: int | None = None) -> str:
         """Return the log of a job, or of one of its workers."""
         name = f"{job}.out" if worker is None else f"{job}.{worker}.out"
         return self.cluster.read(f"{self.folder}/logs/{name}")
 
-    def finish(self, job: int, timeout: float = 300) -> None:
+    def finish(self, job: int, timeout: float = 600) -> None:
         """Wait for a job that must succeed."""
         state = self.cluster.wait_end(job, timeout)
         assert state == "COMPLETED", f"job {job}: {state}\n{self.log(job)}"
@@ -138,7 +148,7 @@ class Bundle:
         log = self.cluster.read(f"{self.folder}/logs/mnist_hpo.trial-{number:05d}.out")
         return [int(epoch) for epoch in re.findall(r"^epoch (\d+):", log, re.MULTILINE)]
 
-    def wait_finished(self, least: int, timeout: float = 180) -> None:
+    def wait_finished(self, least: int, timeout: float = 600) -> None:
         """Wait until at least so many trials are finished, while others run."""
 
         def enough() -> str:
@@ -351,14 +361,16 @@ def test_scancel_and_submit_again(killed: bool, bundle: Bundle) -> None:
     if killed:
         die = "import signal; signal.signal(signal.SIGTERM, signal.SIG_DFL)"
         bundle.insert(die, before="config = search_space(trial)")
+    bundle.hold(6)
     first = bundle.submit()
     bundle.wait_finished(2)
     bundle.cluster.run("login", "scancel", str(first))
-    assert bundle.cluster.wait_end(first, 60) == "CANCELLED"
+    assert bundle.cluster.wait_end(first, 600) == "CANCELLED"
     logs = [bundle.log(first), *(bundle.log(first, worker) for worker in bundle.workers(first))]
     assert "RUNNING" not in [state for _, state in bundle.trials()], "\n\n".join(logs)
     if killed:
         assert re.search(r"^trial \d+ back to the queue$", "\n".join(logs), re.MULTILINE), logs
+    bundle.go()
     second = bundle.submit()
     bundle.finish(second)
     bundle.done("  … and it kills the workers" if killed else SCANCEL, [first, second], start)
@@ -532,9 +544,9 @@ def test_any_program(bundle: Bundle) -> None:
     settings["TOTAL_TRIALS"] = "2"
     first = bundle.submit("--nodes=1", **settings)
     epochs = "SELECT count(*) FROM trial_intermediate_values GROUP BY trial_id"
-    bundle.cluster.wait(lambda: "yes" * (len(bundle.asked(epochs)) == 2), 120, "two trials at work")
+    bundle.cluster.wait(lambda: "yes" * (len(bundle.asked(epochs)) == 2), 600, "two trials at work")
     bundle.cluster.run("login", "scancel", str(first))
-    assert bundle.cluster.wait_end(first, 60) == "CANCELLED"
+    assert bundle.cluster.wait_end(first, 600) == "CANCELLED"
     returned = [number for number, state in bundle.trials() if state == "WAITING"]
     assert returned, bundle.trials()
     done = {number: bundle.epochs_of(number)[-1] for number in returned}
@@ -570,10 +582,12 @@ def test_estimate(bundle: Bundle) -> None:
 def test_requeue(bundle: Bundle) -> None:
     """`scontrol requeue` starts the job again, and it goes on with the study."""
     start = time.monotonic()
+    bundle.hold(6)
     job = bundle.submit()
     bundle.wait_finished(2)
     bundle.cluster.run("login", "scontrol", "requeue", str(job))
-    bundle.cluster.wait_state(job, {"PENDING"}, 60)
+    bundle.cluster.wait_state(job, {"PENDING"}, 600)
+    bundle.go()
     bundle.finish(job)
     bundle.done("scontrol requeue", [job], start)
 
@@ -581,10 +595,12 @@ def test_requeue(bundle: Bundle) -> None:
 def test_killed_worker(bundle: Bundle) -> None:
     """A worker dies: the others go on, it is started again, and its trial is run again."""
     start = time.monotonic()
+    bundle.hold(6)
     job = bundle.submit()
     bundle.wait_finished(2)
     kill = ("pkill", "--oldest", "--signal=KILL", "--full", "^[^ ]*python -u .*optuna_mnist")
     bundle.cluster.run("n1", *kill)
+    bundle.go()
     bundle.finish(job)
     bundle.done("a worker is killed", [job], start)
 
@@ -592,11 +608,13 @@ def test_killed_worker(bundle: Bundle) -> None:
 def test_dead_node(bundle: Bundle) -> None:
     """A node dies in mid-trial: Slurm starts the job again, and the study completes."""
     start = time.monotonic()
+    bundle.hold(6)
     job = bundle.submit()
     bundle.wait_finished(2)
     bundle.cluster.script("crash", "n2")
     try:
-        bundle.cluster.wait_state(job, {"PENDING"}, 90)
+        bundle.cluster.wait_state(job, {"PENDING"}, 600)
+        bundle.go()
         bundle.finish(job)
     finally:
         bundle.cluster.script("restart", "n2")

@@ -69,7 +69,7 @@ def test_each_task_has_its_own_gpu(cluster: Cluster) -> None:
     """The guide's header: four tasks on two hosts, each with one GPU, which it sees as number 0."""
     code = 'echo "$SLURM_PROCID $(hostname) $REHEARSAL_DEVICE $CUDA_VISIBLE_DEVICES"'
     job = cluster.sbatch("--output=gpus.out", stdin=f"{GUIDE_HEADER}srun bash -c '{code}'\n")
-    assert cluster.wait_end(job, timeout=60) == "COMPLETED"
+    assert cluster.wait_end(job, timeout=600) == "COMPLETED"
     lines = sorted(cluster.read(f"{cluster.work}/gpus.out").splitlines())
     tasks, hosts, gpus, numbers = zip(*(line.split() for line in lines), strict=True)
     assert tasks == ("0", "1", "2", "3")
@@ -83,7 +83,7 @@ def test_mig_slice(cluster: Cluster) -> None:
     options = ("--partition=3g.40gb", "--gres=gpu:3g.40gb", "--output=mig.out")
     code = "#!/bin/bash\nsrun bash -c 'echo $(hostname) $CUDA_VISIBLE_DEVICES'\n"
     job = cluster.sbatch(*options, stdin=code)
-    assert cluster.wait_end(job, timeout=60) == "COMPLETED"
+    assert cluster.wait_end(job, timeout=600) == "COMPLETED"
     assert cluster.read(f"{cluster.work}/mig.out") == "m1 0\n"
 
 
@@ -106,7 +106,7 @@ def locks(cluster: Cluster) -> list[str]:
     assert holder.stdout.readline() == "taken\n"
     answers = [cluster.python(host, TAKE_LOCK.format(seconds=0)) for host in ("n1", "n2")]
     cluster.run("n1", "pkill", "-u", cluster.user, "python")
-    holder.communicate(timeout=20)
+    holder.communicate(timeout=600)
     return [answer.strip() for answer in answers]
 
 
@@ -127,9 +127,9 @@ def test_usr1_reaches_python_in_the_container(cluster: Cluster) -> None:
     body = f"srun apptainer --silent exec {cluster.image} python -c '{code}'\n"
     job = cluster.sbatch("--output=usr1.out", stdin=GUIDE_HEADER + body)
     log = f"{cluster.work}/usr1.out"
-    cluster.wait(lambda: "yes" * (cluster.read(log).count("ready") == 4), 60, "four tasks")
+    cluster.wait(lambda: "yes" * (cluster.read(log).count("ready") == 4), 600, "four tasks")
     cluster.run("login", "scancel", "--signal=USR1", str(job))
-    assert cluster.wait_end(job, timeout=60) == "COMPLETED"
+    assert cluster.wait_end(job, timeout=600) == "COMPLETED"
 
 
 def test_usr1_takes_the_image_away(cluster: Cluster) -> None:
@@ -146,9 +146,9 @@ def test_usr1_takes_the_image_away(cluster: Cluster) -> None:
     job = cluster.sbatch("--output=image.out", stdin=GUIDE_HEADER + body)
     log = f"{cluster.work}/image.out"
     # srun's own warning comes before.
-    cluster.wait(lambda: "yes" * ("ready" in cluster.read(log)), 60, "the task")
+    cluster.wait(lambda: "yes" * ("ready" in cluster.read(log)), 600, "the task")
     cluster.run("login", "scancel", "--signal=USR1", str(job))
-    assert cluster.wait_end(job, timeout=60) == "FAILED"
+    assert cluster.wait_end(job, timeout=600) == "FAILED"
     assert re.search("Transport endpoint is not connected|Bus error", cluster.read(log))
 
 
@@ -158,9 +158,9 @@ def test_requeue(cluster: Cluster) -> None:
     options = ("--output=requeue.out", "--open-mode=append")
     job = cluster.sbatch(*options, stdin=f"{GUIDE_HEADER}{body}")
     log = f"{cluster.work}/requeue.out"
-    cluster.wait(lambda: cluster.read(log), 30, "the first start")
+    cluster.wait(lambda: cluster.read(log), 600, "the first start")
     cluster.run("login", "scontrol", "requeue", str(job))
-    assert cluster.wait_state(job, {"COMPLETED"}, timeout=90)
+    assert cluster.wait_state(job, {"COMPLETED"}, timeout=600)
     assert cluster.read(log).splitlines()[0] == "restart 0"
     assert cluster.read(log).splitlines()[-1] == "restart 1"
 
@@ -171,11 +171,11 @@ def test_a_dead_node(cluster: Cluster) -> None:
     options = ("--output=dead.out", "--open-mode=append")
     job = cluster.sbatch(*options, stdin=f"{GUIDE_HEADER}{body}")
     log = f"{cluster.work}/dead.out"
-    cluster.wait(lambda: cluster.read(log), 30, "the first start")
+    cluster.wait(lambda: cluster.read(log), 600, "the first start")
     dead = cluster.read(log).split()[1]
     cluster.script("crash", dead)
     assert "not running" in cluster.run(dead, "true", check=False).stderr
-    assert cluster.wait_state(job, {"COMPLETED"}, timeout=150)
+    assert cluster.wait_state(job, {"COMPLETED"}, timeout=600)
     assert dead not in cluster.read(log).split()[-2:]
     cluster.script("restart", dead)
     assert cluster.run(dead, "hostname").stdout == f"{dead}\n"

@@ -109,9 +109,9 @@ def test_loop_goes_on_on_another_node(name: str, bundle: Bundle) -> None:
         assert cluster.job(first)["JobState"] in ("PENDING", "RUNNING"), bundle.log(first)
         return "yes" * (len(reports(scripts)) == 4)
 
-    cluster.wait(both_have_reported, 400, "two trials' second reports")
+    cluster.wait(both_have_reported, 600, "two trials' second reports")
     cluster.run("login", "scancel", str(first))
-    assert cluster.wait_end(first, 120) == "CANCELLED"
+    assert cluster.wait_end(first, 600) == "CANCELLED"
     logs = "\n".join(bundle.log(first, worker) for worker in bundle.workers(first))
     assert not {state for _, state in bundle.trials()} & set(FINISHED), logs
     (scripts / "hold").unlink()

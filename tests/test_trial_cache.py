@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
+from hpo.study.cache import Follower
 from hpo.study.storage import StudyStorage
 from storage_helpers import file_of, open_study, place_of, storage_of, suggest
 
@@ -144,3 +146,52 @@ def test_statements_of_a_trial(path: Path) -> None:
         run_one()
     assert sum(s.startswith("COMMIT") for s in seen) == 4 * 7
     assert sum(s.lstrip().startswith(("SELECT", "WITH")) for s in seen) == 4 * 5
+
+
+class _Ended(Follower):
+    """Notes what it has taken, and how often it began anew."""
+
+    anew = -1
+
+    def forget(self) -> None:
+        self.numbers: list[int] = []
+        self.anew += 1
+
+    def take(self, trial: FrozenTrial) -> None:
+        self.numbers.append(trial.number)
+
+
+def test_a_finished_trial_is_taken_once_whatever_the_order(path: Path) -> None:
+    """Two workers end their trials in any order; then one goes back to the queue and ends again."""
+    study, other, chance = open_study(path, 0), open_study(path, 1), random.Random(0)
+    ended = _Ended()
+
+    def check() -> None:
+        trials = study.get_trials(deepcopy=False)
+        unfinished = ended.look(trials)
+        assert sorted(ended.numbers) == [t.number for t in trials if t.state.is_finished()]
+        assert unfinished == [t for t in trials if not t.state.is_finished()]
+
+    running: list[tuple[optuna.Study, optuna.Trial]] = []
+    for step in range(30):
+        who = chance.choice([study, other])
+        running.append((who, who.ask()))
+        while len(running) > chance.randrange(5):
+            owner, trial = running.pop(chance.randrange(len(running)))
+            owner.tell(trial, state=TrialState.FAIL if step == 9 else TrialState.PRUNED)
+        check()
+    assert ended.anew == 0
+    while running:
+        running[-1][0].tell(running.pop()[1], 1.0)
+    first, later = study.ask(), other.ask()
+    for anew in (1, 2):  # some before the first that still runs, and then one after it
+        assert storage_of(study).retry_failed(1)
+        check()
+        assert ended.anew == anew
+        while any(t.state == TrialState.WAITING for t in study.get_trials()):
+            study.tell(study.ask(), 1.0)
+        if anew == 1:
+            other.tell(later, state=TrialState.FAIL)
+        check()
+    study.tell(first, 1.0)
+    check()

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -27,6 +28,7 @@ from hpo import checkpoint, gpu
 from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
 from hpo.site import fault_of, half_imported
+from hpo.study.cache import Follower
 from hpo.study.optuna_private import storage_of, trial_id
 from hpo.study.serving.served import Leased
 from hpo.study.trials import to_keep
@@ -172,9 +174,20 @@ def _give_back(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> No
 def tidy(study: optuna.Study) -> None:
     """Remove what finished trials have left, except for the weights of the best."""
     settings = Settings.from_env()
-    trials = study.get_trials(deepcopy=False)
-    finished = {trial.number for trial in trials if trial.state.is_finished()}
-    checkpoint.tidy(finished, to_keep(study, settings.keep_best))
+    finished = _finished.setdefault(study, _Finished())
+    finished.look(study.get_trials(deepcopy=False))
+    checkpoint.tidy(finished.numbers, to_keep(study, settings.keep_best))
+
+
+class _Finished(Follower):
+    def forget(self) -> None:
+        self.numbers: set[int] = set()
+
+    def take(self, trial: FrozenTrial) -> None:
+        self.numbers.add(trial.number)
+
+
+_finished: WeakKeyDictionary[optuna.Study, _Finished] = WeakKeyDictionary()
 
 
 def reason_of(error: BaseException) -> str:

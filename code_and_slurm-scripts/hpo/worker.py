@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import atexit
 import gc
+import itertools
 import logging
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -53,7 +54,7 @@ from hpo.study.opening import create_or_open_study, stuck
 from hpo.study.optuna_private import storage_of, study_id, trial_id
 from hpo.study.serving.served import Leased
 from hpo.study.storage import NoTrialLeft
-from hpo.study.trials import best_line, best_searched, count, same_reason
+from hpo.study.trials import STOPS, Stops, best_line, best_searched, count, same_reason
 from hpo.study.upkeep import Upkeep
 from hpo.trial import (
     Objective,
@@ -67,7 +68,6 @@ from hpo.words import logger, parameters, shown, values
 
 SAME_FAILURES = 3, 6  # in a row, before and after a success: then it is not the parameters
 POLL_SECONDS = 0.05, 1.0  # at first and at most, while other workers run the last trials
-STOPS = "stops_study"  # user attribute of a trial that called study.stop()
 
 log = logger("hpo.worker")
 script.end_without_needs()  # now, before the script imports what is missing …
@@ -142,9 +142,9 @@ class _Loop:
         self.patience = Patience(settings.lease_grace, drain)
         self.successes = 0
         self.failures: list[str] = []  # reasons, since the last success
-        trials = study.get_trials(deepcopy=False)
+        self.stops = Stops()
         # A study that was stopped goes on when it is started again, as with Optuna.
-        self.stopped_before = {t.number for t in trials if t.user_attrs.get(STOPS)}
+        self.stopped_before = self.stops.among(study.get_trials(deepcopy=False))
 
     def run(self, objective: Objective, upkeep: Upkeep) -> int:
         """Run trials until there is no more; return the exit status. Raises SiteFault."""
@@ -155,7 +155,7 @@ class _Loop:
             upkeep.trial_id = None
             if outcome.state != TrialState.RUNNING:
                 _log_end(self.study, trial, outcome, time.monotonic() - begin)
-            _spare_imports()
+            _spare_the_old()
             if gpu.ending:
                 break
             if outcome.site:
@@ -220,11 +220,10 @@ class _Loop:
             storage.total_trials = total
         return total
 
-    def ended_early(self, trials: Sequence[FrozenTrial]) -> str:
+    def ended_early(self, trials: list[FrozenTrial]) -> str:
         """Return why no further trial is wanted: study.stop(), or STOP_VALUE; "" otherwise."""
-        for trial in trials:
-            if trial.user_attrs.get(STOPS) and trial.number not in self.stopped_before:
-                return f"trial {trial.number} has stopped the study"
+        if stops := self.stops.among(trials) - self.stopped_before:
+            return f"trial {min(stops)} has stopped the study"
         wanted = self.settings.stop_value
         if wanted is not None and len(self.study.directions) == 1:
             best = best_searched(self.study, 1)
@@ -284,11 +283,18 @@ def _give_back_all(study: optuna.Study) -> None:
         storage.return_held()
 
 
-@cache
-def _spare_imports() -> None:
-    """After the first trial: later collections skip what it has imported, 0.1 s each with torch."""
-    gc.freeze()
-    atexit.register(gc.unfreeze)  # some C++ bindings complain of leaks otherwise
+def _spare_the_old() -> None:
+    """After the first trial, and every 100: later collections skip what it has imported, 0.1 s each
+    with torch, and finished trials.  What is garbage by then goes first.
+    """
+    if next(_ended) % 100 == 0:
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+
+
+_ended = itertools.count()
+atexit.register(gc.unfreeze)  # some C++ bindings complain of leaks otherwise
 
 
 def _log_end(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, seconds: float) -> None:

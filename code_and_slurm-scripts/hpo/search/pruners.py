@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search.samplers import check_packages, construct, make_sampler
 from hpo.settings import Settings
+from hpo.study.cache import Follower
+
+MOST_STEPS = 32  # whose reports are remembered
 
 
 class LastReportCounts(BasePruner):
@@ -35,15 +39,17 @@ class LastReportCounts(BasePruner):
 
     def __init__(self, pruner: BasePruner) -> None:
         self._pruner = pruner
+        self._lengths = Lengths()
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Ask the other pruner, and then whether anything is left to be saved."""
         if not self._pruner.prune(study, trial):
             return False
-        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        last = number_of_reports(trial, complete)
-        if last is None and not complete:
-            return _goes_on(trial, study.get_trials(deepcopy=False))
+        trials = study.get_trials(deepcopy=False)
+        self._lengths.look(trials)
+        last = self._lengths.number(trial)
+        if last is None and not self._lengths.seen:
+            return _goes_on(trial, trials)
         return last is None or len(trial.intermediate_values) < last
 
 
@@ -83,6 +89,7 @@ class Halving(BasePruner):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} is no whole number from {least}")
         self._first, self._factor = min_resource, reduction_factor
+        self._reported: dict[tuple[int, float], _Reported] = {}
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Compare with what all others have reported at the same step, if one is due."""
@@ -91,17 +98,44 @@ class Halving(BasePruner):
             return False
         sign = -1.0 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1.0
         mine = sign * trial.intermediate_values[step]
-        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        reported = [t.intermediate_values[step] for t in others if step in t.intermediate_values]
-        better = sum(sign * value < mine for value in reported)
-        places = max(1, (len(reported) + 1) // self._factor)
+        ended = self._of_step(step, sign)
+        others = [
+            t for t in ended.look(study.get_trials(deepcopy=False)) if t.number != trial.number
+        ]
+        running = [t.intermediate_values[step] for t in others if step in t.intermediate_values]
+        better = bisect_left(ended.values, mine) + sum(sign * value < mine for value in running)
+        places = max(1, (ended.count + len(running) + 1) // self._factor)
         return math.isnan(mine) or better >= places
+
+    def _of_step(self, step: int, sign: float) -> _Reported:
+        if len(self._reported) > MOST_STEPS:  # each trial has others
+            self._reported.clear()
+        return self._reported.setdefault((step, sign), _Reported(step, sign))
 
     def _is_due(self, reports: int) -> bool:
         due = self._first
         while due < reports:
             due *= self._factor
         return due == reports
+
+
+class _Reported(Follower):
+    """What the trials that have ended had reported at one step: `values` in order, `count` all."""
+
+    def __init__(self, step: int, sign: float) -> None:
+        self._step, self._sign = step, sign
+        super().__init__()
+
+    def forget(self) -> None:
+        self.values: list[float] = []
+        self.count = 0  # those that are no number among them
+
+    def take(self, trial: FrozenTrial) -> None:
+        value = trial.intermediate_values.get(self._step)
+        if value is not None:
+            self.count += 1
+            if not math.isnan(value):
+                insort(self.values, self._sign * value)
 
 
 def number_of_reports(trial: FrozenTrial, complete: list[FrozenTrial]) -> int | None:
@@ -115,19 +149,32 @@ def number_of_reports(trial: FrozenTrial, complete: list[FrozenTrial]) -> int | 
 
 def reports_as(complete: list[FrozenTrial]) -> Callable[[FrozenTrial], int | None]:
     """Return `number_of_reports` for the same complete trials, which are looked at once."""
-    counts = [(other, len(other.intermediate_values)) for other in complete]
-    names = set(counts[0][0].params) if counts else {"epochs"}
-    for other, count in counts:
-        names = {name for name in names if other.params.get(name) == count}
-    found = {count for _, count in counts}
+    lengths = Lengths()
+    lengths.look(complete)
+    return lengths.number
 
-    def number(trial: FrozenTrial) -> int | None:
-        for name in sorted(names):
+
+class Lengths(Follower):
+    """How often the complete trials have reported; see `number_of_reports`."""
+
+    def forget(self) -> None:
+        self.seen: set[int] = set()  # numbers of reports
+        self._names = {"epochs"}  # of parameters that were always that number
+
+    def take(self, trial: FrozenTrial) -> None:
+        if trial.state != TrialState.COMPLETE:
+            return
+        count = len(trial.intermediate_values)
+        names = self._names if self.seen else set(trial.params)
+        self._names = {name for name in names if trial.params.get(name) == count}
+        self.seen.add(count)
+
+    def number(self, trial: FrozenTrial) -> int | None:
+        """Return how often a trial will report, or None."""
+        for name in sorted(self._names):
             if type(trial.params.get(name)) is int:
                 return int(trial.params[name])
-        return next(iter(found)) if len(found) == 1 else None
-
-    return number
+        return next(iter(self.seen)) if len(self.seen) == 1 else None
 
 
 def check_search(settings: Settings) -> None:

@@ -38,7 +38,8 @@ trials too many as there are workers, less one; there is no backup; and the tria
 was killed stays RUNNING until `init_optuna_db.py --retry-stuck` gives back what shows no sign of
 life.
 
-Imported from outside are opening, trials, upkeep, optuna_private, and storage for its errors:
+Imported from outside are opening, trials, upkeep, optuna_private, storage for its errors, and
+cache for what looks at each finished trial once (Follower):
 
     opening      STUDY_DB → a study, created or opened, and checked
     storage      the storage of the workers; its parts are held (the trials that this process

@@ -156,6 +156,48 @@ class TrialCache:
             self._version = self._version._replace(writes=self._version.writes + 1)
 
 
+class Follower:
+    """What is made of a study's finished trials, which never change: each is taken once.
+
+    A worker asks for it several times per trial, and a study may have ten thousand.
+    """
+
+    def __init__(self) -> None:
+        self._leading: list[FrozenTrial] = []  # taken, before the first that has not ended
+        self._later: dict[int, FrozenTrial] = {}  # taken, after it; by their id() in memory
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: a trial that was taken has changed, or is gone."""
+        raise NotImplementedError
+
+    def take(self, trial: FrozenTrial) -> None:
+        """Take a trial that has ended."""
+        raise NotImplementedError
+
+    def look(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Take those of all trials, in order, that have ended since; return those that have not.
+
+        The storage gives the same objects again: what it has read anew is taken anew.
+        """
+        rest = trials[len(self._leading) :]
+        later = {id(trial): trial for trial in rest if trial.state.is_finished()}
+        # Lists of the same objects are compared in no time.
+        if trials[: len(self._leading)] != self._leading or self._later.keys() - later.keys():
+            self._leading, self._later = [], {}
+            self.forget()
+            return self.look(trials)
+        for number, trial in later.items():
+            if number not in self._later:
+                self.take(trial)
+        for trial in rest:
+            if id(trial) not in later:
+                break
+            self._leading.append(later.pop(id(trial)))
+        self._later = later
+        return [trial for trial in rest if not trial.state.is_finished()]
+
+
 def question(
     states: Sequence[TrialState], trial_ids: list[int], after: int = sys.maxsize, study_id: int = -1
 ) -> tuple[str, tuple[int, ...]]:

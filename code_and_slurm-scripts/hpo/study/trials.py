@@ -23,11 +23,13 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.settings import FINALISTS, Settings
+from hpo.study.cache import Follower
 from hpo.words import one_line, shown, values
 
 FINAL_OF = "final_of"  # user attribute of a final run: the number of the trial that it repeats
+STOPS = "stops_study"  # user attribute of a trial that called study.stop()
 # User attributes of a trial that are the bundle's.
-OURS = ("worker", "fail_reason", "stops_study", FINAL_OF)
+OURS = ("worker", "fail_reason", STOPS, FINAL_OF)
 
 
 @dataclass(frozen=True)
@@ -117,33 +119,24 @@ def best_searched(study: optuna.Study, most: int | None = None) -> list[FrozenTr
     return _look(study).ranked[:most]
 
 
-class _Ranking:
-    """What was made of the complete trials, which never change: each is looked at once.
-
-    A worker asks several times per trial, and a study may have ten thousand.
-    """
+class _Ranking(Follower):
+    """The complete trials of a study of one objective, in order."""
 
     def __init__(self, direction: StudyDirection) -> None:
         self._sign = -1 if direction == StudyDirection.MAXIMIZE else 1
-        self._forget()
+        super().__init__()
 
-    def _forget(self) -> None:
-        self._seen: dict[int, FrozenTrial] = {}  # by their id() in memory
+    def forget(self) -> None:
         self.ranked: list[FrozenTrial] = []  # of the search and feasible, the best first
         self.finals: list[FrozenTrial] = []
 
-    def look(self, trials: Sequence[FrozenTrial]) -> None:
-        """Look at those of all complete trials that were not looked at yet."""
-        new = [trial for trial in trials if id(trial) not in self._seen]
-        if len(self._seen) + len(new) != len(trials):  # the storage has read them anew
-            self._forget()
-            new = list(trials)
-        for trial in new:
-            self._seen[id(trial)] = trial
-            if is_final(trial):
-                self.finals.append(trial)
-            elif is_feasible(trial):
-                insort(self.ranked, trial, key=self._key)
+    def take(self, trial: FrozenTrial) -> None:
+        if trial.state != TrialState.COMPLETE:
+            return
+        if is_final(trial):
+            self.finals.append(trial)
+        elif is_feasible(trial):
+            insort(self.ranked, trial, key=self._key)
 
     def _key(self, trial: FrozenTrial) -> tuple[float, int]:
         return self._sign * trial.values[0], trial.number
@@ -156,7 +149,7 @@ def _look(study: optuna.Study) -> _Ranking:
     """Return what is known of a study of one objective."""
     if study not in _rankings:
         _rankings[study] = _Ranking(study.direction)
-    _rankings[study].look(complete(study))
+    _rankings[study].look(study.get_trials(deepcopy=False))
     return _rankings[study]
 
 
@@ -180,6 +173,22 @@ def without_best(study: optuna.Study) -> str:
 def attributes(trial: FrozenTrial) -> dict[str, Any]:
     """Return what an objective has noted itself (trial.set_user_attr)."""
     return {name: value for name, value in trial.user_attrs.items() if name not in OURS}
+
+
+class Stops(Follower):
+    """The trials that have called study.stop()."""
+
+    def forget(self) -> None:
+        self._ended: set[int] = set()
+
+    def take(self, trial: FrozenTrial) -> None:
+        if trial.user_attrs.get(STOPS):
+            self._ended.add(trial.number)
+
+    def among(self, trials: list[FrozenTrial]) -> set[int]:
+        """Return their numbers, also of those that still run."""
+        running = {t.number for t in self.look(trials) if t.user_attrs.get(STOPS)}
+        return running | self._ended
 
 
 def fail_reasons(trials: Sequence[FrozenTrial]) -> list[tuple[str, int]]:

@@ -102,7 +102,7 @@ def data_problem(py_script: str) -> str | None:
     if not script.defines(py_script, "prepare"):
         return None
     try:
-        script.load(py_script).need("prepare", "the preflight")()
+        script.prepare(script.load(py_script))
     except UserError as error:
         return str(error)
     return ""

@@ -86,8 +86,7 @@ def prepare(settings: Settings) -> list[dict[str, Any]]:
     if not known and not any(script.defines(settings.py_script, name) for name in USED):
         return []
     loaded = script.load(settings.py_script)
-    if loaded.offers("prepare"):
-        loaded.need("prepare", "init_optuna_db.py")()
+    script.prepare(loaded)
     if not offered(settings, loaded):
         return []
     with script.as_if_launched(settings.py_script):

@@ -307,6 +307,31 @@ def test_an_objective_that_tells_its_trial_is_told_so(tmp_path: Path) -> None:
     assert "the objective called study.tell()" in trials()[1].user_attrs["fail_reason"]
 
 
+@pytest.mark.parametrize("call", ["ask()", "optimize(float, n_trials=1)"])
+def test_an_objective_that_begins_trials_is_told_so(call: str, tmp_path: Path) -> None:
+    """One that it asks for, nobody would run, and every worker would wait for."""
+    result = work(tmp_path, f"if trial.number == 1:\n    trial.study.{call}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == [COMPLETE, FAIL, COMPLETE, COMPLETE]
+    assert "the objective called study." in trials()[1].user_attrs["fail_reason"]
+
+
+@pytest.mark.parametrize(("leave", "status"), [("sys.exit(3)", 3), ("return 5.0", 0), ("1 / 0", 1)])
+def test_a_process_that_the_objective_forks_is_no_worker(
+    leave: str, status: int, tmp_path: Path
+) -> None:
+    body = f"""
+child = os.fork() if trial.number == 1 else -1
+if child == 0:
+    {leave}
+if child > 0:
+    trial.set_user_attr("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"""
+    result = work(tmp_path, body)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == 4 * [COMPLETE]
+    assert trials()[1].user_attrs["status"] == status
+
+
 def test_a_closed_output_changes_no_status(tmp_path: Path) -> None:
     result = work(tmp_path, "if trial.number == 1:\n    sys.stdout.close()")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -74,6 +74,27 @@ def test_what_can_be_no_objective_is_refused(text: str, own_study: Path, tmp_pat
     assert not own_study.exists()
 
 
+X = "def objective(trial): return trial.suggest_float('x', -1, 1) ** 2\n"
+NO_SCRIPTS = {
+    X + "search_space = {'x': 1}": "search_space: {'x': 1} is no function",
+    X + "def search_space(trial): yield 1": "search_space has a yield",
+    X + "prepare = True": "prepare: True is no function",
+    X + "test_model = 0.5": "test_model: 0.5 is no function",
+    X + "def prepare(): open('/no/data.csv')": "prepare() fails: FileNotFoundError: [Errno 2] No "
+    "such file or directory: '/no/data.csv' (mine.py, line 5)",
+    X + "import sys\ndef prepare(): sys.exit('first: get.py')": "SystemExit: first: get.py",
+}
+
+
+@pytest.mark.parametrize("text", NO_SCRIPTS)
+def test_a_name_of_the_contract_is_what_it_says(text: str, own_study: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(HEAD + "\n" + text + END)
+    result = run(tmp_path / "mine.py")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
+    assert NO_SCRIPTS[text] in result.stderr
+    assert not own_study.exists()
+
+
 SILENCE = {
     "disable": "import logging\nlogging.disable(logging.CRITICAL)\n",
     "dictConfig": "import logging.config\nlogging.config.dictConfig({'version': 1})\n",

@@ -85,6 +85,51 @@ def test_a_space_that_fails_is_one_line() -> None:
         explore(lambda trial: dict[str, int]()["no such"])
 
 
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        (lambda trial: trial.suggest_categorical("k", [3, 4]), "k is one of 1, 2, and elsewhere"),
+        (lambda trial: trial.suggest_int("k", 1, 2), "k is one of 1, 2, and elsewhere from 1 to 2"),
+    ],
+)
+def test_a_name_is_one_parameter_in_all_branches(second: Any, says: str) -> None:
+    """Optuna would let every trial fail that comes to the other branch."""
+
+    def search_space(trial: Any) -> None:
+        if trial.suggest_categorical("o", ["adam", "sgd"]) == "sgd":
+            second(trial)
+        else:
+            trial.suggest_categorical("k", [1, 2])
+
+    with pytest.raises(UserError, match=says):
+        explore(search_space)
+
+
+def test_a_range_may_depend_on_another_parameter() -> None:
+    space = explore(lambda trial: trial.suggest_int("k", 1, trial.suggest_int("n", 2, 4)))
+    assert list(space) == ["n", "k"]
+
+
+def test_a_name_is_one_parameter_in_a_trial() -> None:
+    with pytest.raises(UserError, match="search_space suggests x twice, as two different"):
+        explore(lambda trial: [trial.suggest_float("x", 0, 1), trial.suggest_int("x", 0, 1)])
+
+
+def test_a_set_has_no_order_that_two_workers_share() -> None:
+    with pytest.raises(UserError, match=r"choices of o are a set, .* give a list"):
+        explore(lambda trial: trial.suggest_categorical("o", {"adam", "sgd"}))
+    assert explore(lambda trial: trial.suggest_categorical("n", {1, 2}))
+
+
+def test_a_combination_that_fails_is_named() -> None:
+    def search_space(trial: Any) -> None:
+        if trial.suggest_int("a", 1, 4) > 2:
+            raise ValueError("too big")
+
+    with pytest.raises(UserError, match=r"fails with a=3: ValueError: too big \(test_space.*Prune"):
+        combinations(search_space, "grid")
+
+
 def script(search_space: Any) -> Script:
     """Return a script that offers this space."""
     return Script("my.py", {"search_space": search_space})

@@ -9,9 +9,7 @@ load("my_model.py")                 in check_best_model.py: imported, and no tri
 from __future__ import annotations
 
 import ast
-import functools
 import importlib.util
-import inspect
 import os
 import shlex
 import sys
@@ -22,8 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpo import packages, settings
+from hpo.callables import check_objective, check_returns, globals_of
+from hpo.files import AWAY
 from hpo.settings import SCRIPTS, Settings, UserError
-from hpo.words import one_line
+from hpo.words import one_line, raised
 
 NOTEBOOK = "notebook.py"  # the name of a script that is a notebook
 # What a module of hpo/loops needs, for a script that imports it and says nothing.
@@ -36,6 +36,13 @@ LOOPS = {
 }
 
 
+# What is called, if the script has such a name.
+CALLED = (
+    *("search_space", "known_good", "prepare", "build_model", "export_model"),
+    *("train_model", "test_model", "train_final"),
+)
+
+
 class Script(NamedTuple):
     """A script that is running, or was imported."""
 
@@ -43,8 +50,15 @@ class Script(NamedTuple):
     names: Mapping[str, Any]  # all that it defines
 
     def offers(self, name: str) -> Any:
-        """Return what the script offers under a name of the contract; None without it."""
-        return self.names.get(name)
+        """Return what the script offers under a name of the contract; None without it.
+
+        Raises:
+            UserError: it cannot be called, or not as a function that returns a value.
+        """
+        found = self.names.get(name)
+        if found is not None and name in CALLED:
+            check_returns(found, name)
+        return found
 
     def need(self, name: str, purpose: str) -> Any:
         """Return what it offers. Raises UserError if that is missing."""
@@ -179,10 +193,11 @@ def running(objective: Callable[..., Any]) -> Script:
     A notebook has no file: there it is PY_SCRIPT, or "notebook.py".
 
     Raises:
-        UserError: it cannot be called with a trial, or would return no value.
+        UserError: it cannot be called with a trial, or would return no value; or another name that
+            the bundle calls is no function.
     """
-    _check_callable(objective)
-    own = _globals_of(objective)
+    check_objective(objective)
+    own = globals_of(objective)
     main: dict[str, Any] = vars(sys.modules["__main__"])
     if own.get("__name__") != "__main__" and any(value is objective for value in main.values()):
         own, main = main, own  # launched here, defined in a module of its own
@@ -190,40 +205,13 @@ def running(objective: Callable[..., Any]) -> Script:
     else:
         names = own
     file = own.get("__file__")
+    py_script = os.environ.get("PY_SCRIPT") or NOTEBOOK
     if file and Path(file).is_file():
-        return Script(os.path.relpath(os.path.abspath(file), SCRIPTS), names)
-    return Script(os.environ.get("PY_SCRIPT") or NOTEBOOK, names)
-
-
-def _check_callable(objective: Any) -> None:
-    """Raise UserError for what no trial could be run with; whatever else is called and seen."""
-    if not callable(objective):
-        raise UserError(f"run_worker(objective): {one_line(repr(objective), 60)} is no function")
-    for each in (objective, getattr(objective, "__call__", None)):  # noqa: B004
-        if inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each):
-            raise UserError("the objective is async: write def objective(trial), without async")
-        if inspect.isgeneratorfunction(each):
-            raise UserError("the objective has a yield, and so returns no value: use return")
-    try:
-        signature = inspect.signature(objective)
-    except (TypeError, ValueError):  # of a callable that was not written in Python
-        return
-    try:
-        signature.bind(None)
-    except TypeError as error:
-        raise UserError(
-            f"the objective takes one argument, as in def objective(trial): here, {one_line(error)}"
-        ) from error
-
-
-def _globals_of(objective: Any) -> dict[str, Any]:
-    """Return the names of the module in which a callable was written."""
-    while isinstance(objective, functools.partial):
-        objective = objective.func
-    if not hasattr(objective, "__globals__") and not hasattr(objective, "__wrapped__"):
-        objective = getattr(objective, "__func__", type(objective).__call__)  # method or instance
-    found = getattr(inspect.unwrap(objective), "__globals__", None)
-    return found if found is not None else vars(sys.modules["__main__"])
+        py_script = os.path.relpath(os.path.abspath(file), SCRIPTS)
+    me = Script(py_script, names)
+    for name in CALLED:
+        me.offers(name)
+    return me
 
 
 _taken: list[list[str]] = []  # the words before `--`, once they were taken off the command line
@@ -258,6 +246,24 @@ def workers_arguments() -> list[str]:
     return _taken[0] if _taken else sys.argv[1:]
 
 
+def prepare(me: Script) -> None:
+    """Let a script prepare its data, if it offers that.
+
+    Raises:
+        UserError: it cannot.  OSError: a disk is away.
+    """
+    if (ready := me.offers("prepare")) is None:
+        return
+    try:
+        ready()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, OSError) and error.errno in AWAY:
+            raise
+        raise UserError(f"{me.py_script}: prepare() fails: {raised(error)}") from error
+
+
 # ---------- Imported, to use its functions ----------
 
 
@@ -290,7 +296,7 @@ def load(py_script: str) -> Script:
         except UserError:
             raise
         except Exception as error:
-            why = f"{type(error).__name__}: {one_line(error)}"
+            why = raised(error)
             if isinstance(error, ModuleNotFoundError) and error.name:
                 why = f"it needs {error.name}; once:\n    {packages.pip_command(error.name)}"
             raise UserError(f"{py_script} cannot be imported: {why}") from error

@@ -15,14 +15,17 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from hpo import checkpoint, gpu
 from hpo.drain import Drain, Drained
@@ -70,8 +73,8 @@ def run_trial(
     log.info("trial %d started", trial.number)
     if not trial.params:  # one that goes on has those that it began with
         checkpoint.discard(trial.number)
-    study.tell = _told  # type: ignore[method-assign]
-    outcome = _call(objective, trial, drain)
+    with _one_trial_alone(study):
+        outcome = _call(objective, trial, drain)
     checkpoint.let_end()
     try:
         patiently(lambda: _finish(study, trial, outcome))
@@ -87,7 +90,7 @@ def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
     """Return how the trial should end."""
     try:
         with drain.interruptible():
-            value = objective(trial)
+            value = _in_this_process(objective, trial)
         checkpoint.wait()
         return judge(value, len(trial.study.directions))
     except optuna.TrialPruned:
@@ -112,6 +115,21 @@ def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
         if not gpu.healthy() and not gpu.is_to_blame(trial):
             return Outcome(TrialState.WAITING, site=str(gpu.ending))
         return Outcome(TrialState.FAIL, reason=reason_of(error))
+
+
+def _in_this_process(objective: Objective, trial: optuna.Trial) -> Any:
+    """Return what the objective returns; a process that it has forked, and that leaves it, ends."""
+    me = os.getpid()
+    try:
+        return objective(trial)
+    finally:
+        if os.getpid() != me:  # otherwise it would go on as a second worker, with this one's trial
+            error = sys.exc_info()[1]
+            if error and not isinstance(error, SystemExit):
+                traceback.print_exc()
+            sys.stdout.flush()
+            status = getattr(error, "code", 1) if error else 0
+            os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def judge(value: Any, objectives: int) -> Outcome:
@@ -155,9 +173,26 @@ def _finish(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
     tidy(study)
 
 
-def _told(*arguments: Any, **others: Any) -> FrozenTrial:
-    """Stand for study.tell in an objective: a trial has one end, and the worker tells it."""
-    raise UserError("the objective called study.tell(): it returns the value, and no more")
+@contextmanager
+def _one_trial_alone(study: optuna.Study) -> Iterator[None]:
+    """Refuse what would begin or end a trial in an objective: the worker does."""
+
+    def refused(name: str) -> Callable[..., Any]:
+        def refuse(*arguments: Any, **others: Any) -> Any:
+            raise UserError(
+                f"the objective called study.{name}(): it returns the value of its trial, and no "
+                "more; a search of its own inside needs optuna.create_study()"
+            )
+
+        return refuse
+
+    names = ("tell", "ask", "optimize")
+    vars(study).update({name: refused(name) for name in names})
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(study).pop(name, None)
 
 
 def _give_back(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:

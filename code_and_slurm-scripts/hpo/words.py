@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import sysconfig
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+HPO = str(Path(__file__).resolve().parent)
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 # The plumbing's loggers have a manager of their own.  A script's `logging.disable`, `dictConfig` or
 # logger class reaches those of logging's, and a worker that says nothing seems to do nothing.
@@ -59,6 +65,18 @@ def one_line(text: object, most: int = 500) -> str:
     """Return the first line of a text that has one; "" otherwise."""
     lines = [line.strip() for line in text_of(text).splitlines() if line.strip()]
     return lines[0][:most] if lines else ""
+
+
+def own_file(file: str | None) -> bool:
+    """Return whether a source file is the user's: not Python's, a package's or the plumbing's."""
+    return bool(file) and not str(file).startswith((HPO, *LIBRARIES, "<frozen"))
+
+
+def raised(error: BaseException) -> str:
+    """Return what the user's code has raised, and where: "KeyError: 'x' (my.py, line 7)"."""
+    text = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if own_file(frame.filename)]
+    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else text
 
 
 def cut(text: str, most: int = 100) -> str:

@@ -100,8 +100,7 @@ def run_worker(objective: Objective) -> int:
     check_objectives(settings)
     script.check_needs(settings.py_script)
     check_search(settings)
-    if prepare := me.offers("prepare"):
-        prepare()
+    script.prepare(me)
     drain = Drain(settings.job_end, settings.drain_file)
     drain.watch_the_end()
     plan = plan_of(settings, me)

@@ -64,8 +64,7 @@ def check_script(objective: Objective, me: Script, settings: Settings) -> int:
     _be_quiet()
     head = f"{me.py_script}: short trials in a temporary folder; your study is not touched"
     print(head, flush=True)
-    if prepare := me.offers("prepare"):
-        prepare()
+    script.prepare(me)
     gpu.check(start=settings.gpus_per_trial == 1)
     ShortTrial.drain = Drain(float("inf"))  # from now on, Ctrl-C is noted
     table = Table()

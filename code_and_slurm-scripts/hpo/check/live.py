@@ -16,14 +16,12 @@ import hashlib
 import numbers
 import random
 import sys
-import sysconfig
 from collections.abc import Container, Iterable, Iterator, Mapping
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-HPO = str(Path(__file__).resolve().parent.parent)
-LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+from hpo.words import HPO, own_file
+
 # Of a scheduler's state: how often it was stepped is not where it stands.
 BOOKKEEPING = {"_step_count", "_get_lr_called_within_step", "_is_initial", "verbose"}
 
@@ -61,11 +59,6 @@ def lost(
         if name in resumed and resumed[name].state != seen.state
         if resumed[name].identity not in kept
     }
-
-
-def own_file(file: str | None) -> bool:
-    """Whether a source file is the user's: not Python's, a package's or the plumbing's."""
-    return bool(file) and not str(file).startswith((HPO, *LIBRARIES, "<frozen"))
 
 
 def snapshot(frame: FrameType, before: set[int]) -> dict[str, Seen]:

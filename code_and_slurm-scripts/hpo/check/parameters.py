@@ -17,11 +17,10 @@ from optuna.trial import TrialState
 
 from hpo.check.bench import Bench
 from hpo.check.config import Config
-from hpo.check.live import own_file
 from hpo.check.picking import others_of
 from hpo.check.short_trial import Outcome
 from hpo.check.table import Table, progress
-from hpo.words import shown
+from hpo.words import own_file, shown
 
 VALUES = 3  # of one parameter that are tried
 OTHERS = 2  # combinations of the other parameters, drawn by chance

@@ -31,7 +31,7 @@ from hpo.study.opening import clear_errors, open_storage, open_study
 from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.storage import StudyStorage
 from hpo.study.trials import best_trials, without_best
-from hpo.words import logger, one_line, parameters, with_tuples
+from hpo.words import logger, one_line, parameters, raised, with_tuples
 
 KNOWN = "known_good"  # the function of a script, and the study's user attribute
 Params: TypeAlias = "dict[str, Any]"
@@ -125,7 +125,7 @@ def _of_script(script: Script) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"known_good fails: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"known_good fails: {raised(error)}") from error
 
 
 def _of_file(path: Path | None) -> Any:

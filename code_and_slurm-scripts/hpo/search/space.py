@@ -24,7 +24,7 @@ from optuna.distributions import (
 from optuna.trial import FixedTrial, create_trial
 
 from hpo.settings import UserError
-from hpo.words import one_line, parameters, shown
+from hpo.words import one_line, parameters, raised, shown
 
 MOST_COMBINATIONS = 100_000
 MOST_TRIES = 2000  # of search_space, to find its branches
@@ -48,9 +48,10 @@ def explore(search_space: SearchSpace) -> Space:
         try:
             notes.ask(search_space)
         except UserError:
-            if tries == 0:
+            if tries == 0 or notes.wrong:
                 raise
             continue  # the trial that comes there will say why
+        _check_same_ranges(space, notes.distributions)
         new = [name for name in notes.distributions if name not in space]
         for name in new:
             space[name] = notes.distributions[name]
@@ -61,6 +62,16 @@ def explore(search_space: SearchSpace) -> Space:
                 paths.append(other)
     check_choices(space)
     return space
+
+
+def _check_same_ranges(space: Space, branch: Mapping[str, BaseDistribution]) -> None:
+    """Raise UserError for a name that stands for something else in another branch."""
+    for name, mine in branch.items():
+        if name in space and not fits(space[name], mine):
+            raise UserError(
+                f"search_space: {name} is {legal(space[name])}, and elsewhere {legal(mine)}; "
+                f"Optuna keeps one list, or kind, for a name: call the other one {name}_2"
+            )
 
 
 def check_choices(space: Space, tuples: bool = True) -> None:
@@ -126,6 +137,7 @@ class _Notes(FixedTrial):
         self.study = study
         self._path = path
         self._sizes: list[int] = []  # how many values each parameter has; 0: continuous
+        self.wrong = ""  # what no value could mend
 
     def ask(self, search_space: SearchSpace) -> bool:
         """Call search_space; return whether it refuses the configuration. Raises UserError."""
@@ -136,11 +148,28 @@ class _Notes(FixedTrial):
         except UserError:
             raise
         except Exception as error:
-            what = f"{type(error).__name__}: {one_line(error)}"
-            raise UserError(f"search_space fails with the first values: {what}") from error
+            what = raised(error)
+            if any(self._path):
+                what = f"{parameters(self.params)}: {what} (if that cannot be: optuna.TrialPruned)"
+            else:
+                what = f"the first values: {what}"
+            raise UserError(f"search_space fails with {what}") from error
         return False
 
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        """Suggest the value of a list. Raises UserError for a set, each process has its order."""
+        if isinstance(choices, (set, frozenset)) and any(isinstance(c, str) for c in choices):
+            self.wrong = (
+                f"search_space: the choices of {name} are a set, which has another order in each "
+                "process; give a list, with [ ]"
+            )
+            raise UserError(self.wrong)
+        return super().suggest_categorical(name, choices)
+
     def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
+        if name in self._distributions and not fits(self._distributions[name], distribution):
+            self.wrong = f"search_space suggests {name} twice, as two different parameters"
+            raise UserError(self.wrong)
         if name not in self._distributions:
             values = values_of(distribution)
             position = len(self._sizes)

@@ -332,6 +332,38 @@ if child > 0:
     assert trials()[1].user_attrs["status"] == status
 
 
+def test_what_the_script_leaves_behind_holds_up_no_worker(tmp_path: Path) -> None:
+    """Python waits for such a thread as long as it runs, here for longer than the test."""
+    body = """
+import threading
+from hpo import files
+files.LONGEST_END = 1.0
+if trial.number == 1:
+    threading.Thread(target=time.sleep, args=(600,), name="feeder").start()"""
+    result = work(tmp_path, body)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == 4 * [COMPLETE]
+    assert "left behind by the script, and ended after 1 s: feeder" in result.stderr
+
+
+@pytest.mark.parametrize("end", ["run_script(run_worker(objective))", "run_worker(objective)"])
+def test_a_worker_that_is_started_in_another_way(end: str, tmp_path: Path) -> None:
+    script = tmp_path / "my.py"
+    script.write_text(HEAD + "    return x\n" + end + "\n")
+    for total, status in (("none", 2), ("2", 0)):
+        result = subprocess.run(
+            [sys.executable, str(script)],
+            env={**os.environ, "PYTHONPATH": str(SCRIPTS), "TOTAL_TRIALS": total},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == status, result.stdout + result.stderr
+        assert ("TOTAL_TRIALS='none' is not an integer" in result.stderr) == bool(status)
+        assert "Traceback" not in result.stderr
+    assert [trial.state for trial in trials()] == 2 * [COMPLETE]
+
+
 def test_a_closed_output_changes_no_status(tmp_path: Path) -> None:
     result = work(tmp_path, "if trial.number == 1:\n    sys.stdout.close()")
     assert result.returncode == 0, result.stdout + result.stderr

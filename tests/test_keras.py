@@ -137,6 +137,27 @@ def test_training_that_no_trial_can_use(
         train(study.ask(), metric, **changes)
 
 
+class Own(keras.Model):  # type: ignore[misc, unused-ignore]
+    """A model that Keras cannot save, for nobody says with which arguments it was made."""
+
+    def __init__(self, units: Any) -> None:
+        super().__init__()
+        self.units = units
+        self.layer = keras.layers.Dense(1)
+
+    def call(self, inputs: Any) -> Any:
+        """Return the output."""
+        return self.layer(inputs)
+
+
+def test_model_that_keras_cannot_save_is_found_before_its_first_epoch(study: optuna.Study) -> None:
+    callback, model = StudyCallback(study.ask()), Own(object())
+    model.compile("sgd", "mse")
+    with pytest.raises(UserError, match=r"give Own a get_config\(\)"):
+        model.fit(*PARTS[0], epochs=1, callbacks=[callback], validation_data=PARTS[1], verbose=0)
+    assert not study.get_trials()[0].intermediate_values
+
+
 def test_plain_script_and_its_study(capsys: pytest.CaptureFixture[str]) -> None:
     trial = run_plain("keras")
     losses = [float(loss) for loss in re.findall(r"val_loss: (\S+)", capsys.readouterr().out)]

@@ -413,6 +413,17 @@ def test_installation_is_mended_and_needs_a_network(tmp_path: Path) -> None:
         assert len(done.stderr.splitlines()) == bool(said)
 
 
+def test_ctrl_c_while_pip_is_made_shows_no_traceback(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/bash\necho Traceback >&2\nkill -INT $$\n")
+    python.chmod(0o755)
+    source = f"source {BUNDLE}/code_and_slurm-scripts/hpo/job/venv.sh; cd {tmp_path}; "
+    command = ["bash", "-c", f"{source} make_pip new {python}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stdout + done.stderr == ""
+
+
 SERVER = """#!/bin/bash
 # Stands for the container with the server: dies at first, then serves until SIGTERM.
 echo "$*" >>"$RECORD"

@@ -3,7 +3,8 @@
 with whole(path) as temporary:      a name beside `path`, for this process alone
     temporary.write_text(…)         and, if nothing was raised, `path` is that file now
 
-And what a disk or a file server says that is full, or away for a while (AWAY).
+And what a disk or a file server says that is full, or away for a while (AWAY); and how a process
+ends whose log is full, or whose script has left something behind.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import os
 import re
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +29,8 @@ AWAY = {
         *("EHOSTUNREACH", "ENETUNREACH", "ECONNRESET", "ESHUTDOWN", "EREMOTEIO"),
     )
 }
+
+LONGEST_END = 60.0  # seconds, of a process whose work is done
 
 
 class _Log(io.FileIO):
@@ -54,6 +58,25 @@ def outlive_the_log() -> None:
         raw = io.BufferedWriter(_Log(old.fileno(), "w", closefd=False))
         text = io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=True)
         setattr(sys, name, text)
+
+
+def end_in_time(status: int) -> None:
+    """Let no thread or process that a script has left behind hold up the end of this one for long.
+
+    Python waits for them as long as they run: a worker that has no trial left would keep its GPU.
+    """
+
+    def leave() -> None:
+        names = [thread.name for thread in threading.enumerate() if not thread.daemon]
+        left = ", ".join(names[1:]) or "a process, or a function of atexit"  # the first is Python's
+        with suppress(OSError, ValueError):
+            print(f"left behind by the script, and ended after {LONGEST_END:.0f} s: {left}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(status)
+
+    timer = threading.Timer(LONGEST_END, leave)
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager

@@ -241,8 +241,8 @@ def take_arguments() -> None:
 
 def workers_arguments() -> list[str]:
     """Return the words of the command line that are for the worker."""
-    if Path(sys.argv[0]).name.startswith("ipykernel") or "ipykernel" in sys.modules:
-        return []  # the notebook's own
+    if in_a_notebook():
+        return []  # its own
     return _taken[0] if _taken else sys.argv[1:]
 
 
@@ -262,6 +262,11 @@ def prepare(me: Script) -> None:
         if isinstance(error, OSError) and error.errno in AWAY:
             raise
         raise UserError(f"{me.py_script}: prepare() fails: {raised(error)}") from error
+
+
+def in_a_notebook() -> bool:
+    """Return whether the script is a notebook's cell."""
+    return Path(sys.argv[0]).name.startswith("ipykernel") or "ipykernel" in sys.modules
 
 
 # ---------- Imported, to use its functions ----------

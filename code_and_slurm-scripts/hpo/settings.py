@@ -198,6 +198,7 @@ class Settings:
 
 _in_use: list[Settings] = []  # at most one
 imported_by_another = False  # the script: then it must not begin a study (hpo/script.py)
+ends_with_a_line = False  # what a UserError leaves: run_script is around it
 
 
 def use(settings: Settings) -> Settings:
@@ -211,22 +212,22 @@ def forget() -> None:
     _in_use.clear()
 
 
-def run_script(main: Callable[[], int]) -> None:
+def run_script(main: Callable[[], int] | int) -> None:
     """Run a script's `main` and exit with its status; no traceback for a `UserError`, which has 2.
 
-    Does nothing while another program imports the script (hpo/script.py).
+    Does nothing while another program imports the script (hpo/script.py).  Where the lambda was
+    forgotten, `main` is the status.
     """
+    global ends_with_a_line
     if imported_by_another:
         return
     files.outlive_the_log()
-    status = 0
+    ends_with_a_line, status = True, 0
     try:
         try:
-            status = main()
+            status = main() if callable(main) else main
         except (UserError, OSError) as error:
-            status = values.status_of(error)
-            text = values.without_password(error)  # a driver may say to what it could not connect
-            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+            status = values.end_of(error)
         except gpu.Unusable as unusable:
             print(f"{Path(sys.argv[0]).name}: error: {unusable}", file=sys.stderr)
             status = unusable.status
@@ -234,11 +235,11 @@ def run_script(main: Callable[[], int]) -> None:
             sys.stdout.flush()
     except BrokenPipeError:  # `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if status in (gpu.BROKEN, gpu.NO_CAPTURE):
-        # What PyTorch clears up at the end fails, too, and may abort: another status.
+    if status in (gpu.BROKEN, gpu.NO_CAPTURE):  # PyTorch's end fails, too, with another status
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    files.end_in_time(status)
     sys.exit(status)
 
 
@@ -317,8 +318,7 @@ def _file_of(env: Mapping[str, str], name: str) -> Path | None:
 def print_table() -> int:
     """Print every variable, the value in force, and what it is; return the exit status.
 
-    With the word `given`: those that are set to something else than their default, on one line, as
-    they are typed before a command.
+    With the word `given`: those that are not their default, on one line, as before a command.
     """
     Settings.from_env()
     if sys.argv[1:] == ["given"]:

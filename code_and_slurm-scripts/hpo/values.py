@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha1
 from pathlib import Path
@@ -45,6 +46,14 @@ def status_of(error: UserError | OSError) -> int:
     if error.errno in AWAY:
         return SITE_FAULT
     raise error
+
+
+def end_of(error: UserError | OSError) -> int:
+    """Say in a line what has ended a script, and return the status. Raises it as `status_of`."""
+    status = status_of(error)
+    text = without_password(error)  # a driver may say to what it could not connect
+    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+    return status
 
 
 def choice(env: Mapping[str, str], name: str, legal: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ from hpo.trial import (
     let_several_objectives_report,
     run_trial,
 )
-from hpo.values import SITE_FAULT, SiteAway, without_password
+from hpo.values import SITE_FAULT, SiteAway, end_of, without_password
 from hpo.words import logger, parameters, shown, values
 
 SAME_FAILURES = 3, 6  # in a row, before and after a success: then it is not the parameters
@@ -77,13 +77,23 @@ script.take_arguments()  # … and looks at them
 def run_worker(objective: Objective) -> int:
     """Run trials until the study has TOTAL_TRIALS of them; return the exit status.
 
-    Does nothing while check_best_model.py imports the script.
+    Does nothing while check_best_model.py imports the script.  Without run_script around it, it
+    ends a script whose settings are wrong.
 
     Raises:
         UserError: a setting is wrong, or the study belongs to another objective.
     """
     if process.imported_by_another:
         return 0
+    try:
+        return _work(objective)
+    except (UserError, OSError) as error:
+        if process.ends_with_a_line or script.in_a_notebook():
+            raise
+        sys.exit(end_of(error))
+
+
+def _work(objective: Objective) -> int:
     me = script.running(objective)
     asked = script.workers_arguments()
     settings = Settings.from_env(PY_SCRIPT=me.py_script)

@@ -27,15 +27,18 @@ make_venv() {
 
 # make_pip FOLDER PYTHON: a venv with a pip that runs, whatever is there of one.
 make_pip() {
-    local folder=$1 python=$2
+    local folder=$1 python=$2 said
     has_pip "$folder" && return
     if [[ -x $folder/bin/python ]]; then # killed before pip was there, or while it was replaced
         "$folder/bin/python" -m ensurepip >/dev/null 2>&1
         has_pip "$folder" && return
         echo "$folder is not whole: making it anew"
     fi
-    if ! "$python" -m venv --clear "$folder" || ! has_pip "$folder"; then
-        echo "error: $python cannot make a venv; on Debian: apt install python3-venv" >&2
+    # What it says is kept back: after Ctrl-C, a traceback of Python's own.
+    said=$("$python" -m venv --clear "$folder" 2>&1) || (($? != 130)) || return 130
+    if ! has_pip "$folder"; then
+        echo "error: $python cannot make a venv; on Debian: apt install python3-venv" \
+            "(${said##*$'\n'})" >&2
         return 2
     fi
 }

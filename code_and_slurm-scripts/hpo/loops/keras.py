@@ -13,8 +13,8 @@ has to stop.  The model at the end of the training is model.keras in the trial's
 
 On a CPU a trial that goes on ends with the same value to the last digit, with PyTorch, JAX and
 TensorFlow alike, if the script begins it with keras.utils.set_random_seed.  Keras's EarlyStopping
-and ReduceLROnPlateau forget their counts, as with its BackupAndRestore.  What Keras cannot save (a
-model of a class of one's own needs get_config) it cannot keep.  NEEDS = ("keras",).
+and ReduceLROnPlateau forget their counts, as with its BackupAndRestore.  A model of a class of
+one's own needs get_config, or its trials fail before their first epoch.  NEEDS = ("keras",).
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ class StudyCallback(keras.callbacks.Callback):  # type: ignore[misc, unused-igno
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Go on with the variables that were saved; now the model and its optimiser are built."""
+        try:
+            self.model.get_config()
+        except NotImplementedError:
+            raise UserError(
+                f"Keras could not save this model at its end: give {type(self.model).__name__} a "
+                "get_config(), which returns the arguments of its __init__"
+            ) from None
         if self.epochs:
             _build(self.model, self._progress.get("shapes"))
         self._variables.attach(self.model)

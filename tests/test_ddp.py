@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -105,11 +106,18 @@ def test_what_happens_to_one_process_ends_the_trial(
 def test_sigterm_while_a_process_starts_leaves_none_behind(
     study: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where another thread takes the signal, as it may while the main thread blocks it."""
     original = SpawnProcess.start
+
+    def take() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
     def start(self: SpawnProcess) -> None:
         original(self)
-        os.kill(os.getpid(), signal.SIGTERM)
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join()
 
     def stop(*_: object) -> None:
         raise Drained

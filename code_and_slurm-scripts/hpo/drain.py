@@ -37,6 +37,8 @@ MARGIN_SECONDS = 5.0  # from the moment that a trial is saved until it is asked 
 AGAIN_SECONDS = 20.0  # after a signal that a trial has swallowed, until another interrupts again
 RESERVE_SECONDS = 90.0  # before the job's end; as #SBATCH --signal=B:USR1@90, the second net
 
+RAISING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # these raise `Drained`
+
 log = logger("hpo.worker")
 
 
@@ -144,6 +146,35 @@ class Drain:
             self._interruptible = False
             self._interrupted = time.monotonic()
             raise Drained
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let a signal that comes in this block do what it does at the block's end.
+
+    To block them (pthread_sigmask) would not do: any other thread can take a signal instead, and
+    what its handler raises still comes out of the main thread, between any two lines.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # nothing is raised here
+        return
+    came: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        came.append(signum)
+
+    # One that is ignored (nohup) stays so: the programs that start here shall ignore it, too.
+    handlers = {number: signal.getsignal(number) for number in RAISING}
+    held = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in held:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        for signum in came:
+            os.kill(os.getpid(), signum)
 
 
 _in_use: list[Drain] = []  # at most one: signals have one handler

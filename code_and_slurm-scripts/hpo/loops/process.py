@@ -19,12 +19,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
+from hpo.drain import signals_held
 from hpo.settings import SCRIPTS
 from hpo.words import logger
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that hpo/drain.py turns into an exception
 # Waits for a line from the worker; if the worker is gone instead, ends the group.
 GUARD = 'trap "" TERM INT; read -r line || kill -s KILL -- "-$0"'
 
@@ -96,31 +95,13 @@ def running(words: Sequence[str], output: Path, grace: float) -> Iterator[Progra
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # Python would keep its lines for long
     program = None
     try:
-        with _signals_held():
+        with signals_held():
             program = Program(words, output, environment)
         yield program
     finally:
         if program:
-            with _signals_held():
+            with signals_held():
                 program.end(grace)
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Let a signal that comes in this block do what it does at the block's end."""
-    came: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        came.append(signum)
-
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for signum in came:
-            os.kill(os.getpid(), signum)
 
 
 class Lines:

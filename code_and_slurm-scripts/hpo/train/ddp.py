@@ -36,12 +36,13 @@ import torch
 from torch import Tensor, distributed, nn
 
 from hpo import gpu
+from hpo.drain import signals_held
 from hpo.settings import Settings, UserError, use
 from hpo.study.upkeep import write_at_once
 
 TrainModel: TypeAlias = Callable[[dict[str, Any], Any], float]  # configuration, trial
 Connection: TypeAlias = "connection.Connection[Any, Any]"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # for the worker, hpo/drain.py
+DEAF_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # for the worker, hpo/drain.py
 
 
 def check_gpus() -> None:
@@ -114,14 +115,14 @@ def _start(arguments: tuple[Any, ...], started: list[tuple[SpawnProcess, Connect
     mine, its = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_run, args=(*arguments, its))
     resource_tracker.ensure_running()  # otherwise `start` does, and unblocks the signals
-    # Blocked signals stay blocked in a new process; here they are delivered afterwards.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        process.start()
-        its.close()  # so that the pipe ends with the process
-        started.append((process, mine))  # before a signal can raise: whoever is started is ended
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    with signals_held():  # before one can raise, the process is in `started`, and so is ended
+        signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)  # and stay blocked in a new process
+        try:
+            process.start()
+            its.close()  # so that the pipe ends with the process
+            started.append((process, mine))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF_TO)
 
 
 def _serve(trial: optuna.Trial, started: list[tuple[SpawnProcess, Connection]]) -> float:

@@ -85,7 +85,7 @@ def run(tmp_path: Path) -> Run:
             env={**os.environ, **env},
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1500,
         )
 
     return run_script

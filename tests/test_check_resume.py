@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from checked import HURRY, NET, Checker, check, lines
+from checked import CLOCK, NET, Checker, check, lines
 from hpo.check.live import Seen, lost
 
 __all__ = ["check"]
@@ -76,8 +76,9 @@ def test_a_schedule_that_never_acts_is_a_remark(check: Checker) -> None:
 
 
 def test_it_is_a_mistake_where_longer_trials_were_not_tried(check: Checker) -> None:
-    long = ("[4, 8]", "[4, 100_000]"), ("\nif __name__", HURRY.format(20))
-    status, table, _ = check(NET, *long, *lines(before=STEP.format(99), after="scheduler.step()"))
+    long = ("[4, 8]", "[4, 100_000]"), ("\nif __name__", CLOCK)
+    after = "scheduler.step()\nclock.epoch(10)"
+    status, table, _ = check(NET, *long, *lines(before=STEP.format(99), after=after))
     assert status == 1
     assert "scheduler (StepLR)" in table["resume"]
 

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from checked import HURRY, TOY, Checker, check, rows
+from checked import CLOCK, PATIENT, TOY, Checker, check, rows
 from common import BUNDLE, SCRIPTS, Run
 
 __all__ = ["check"]
 STUDY = (BUNDLE / "tests" / "plain_training" / "my_study.py").read_text()
 DATA = ('"../data"', f'"{BUNDLE}/data"')
-SLOW = "        __import__('time').sleep({})\n        losses.append("
+BY_THE_CLOCK = ("\nif __name__", CLOCK)
+SLOW = "        clock.epoch({})\n        losses.append("
 
 
 def test_the_example_passes(run: Run, own_study: Path) -> None:
-    result = run("optuna_mnist.py", "--check")
+    script = str(SCRIPTS / "optuna_mnist.py")
+    result = run(PATIENT, script, "--check", PYTHONPATH=str(SCRIPTS))
     print(result.stdout, result.stderr)
     assert result.returncode == 0
     table = rows(result.stdout)
@@ -111,17 +113,16 @@ def test_an_interruption_that_is_swallowed(check: Checker) -> None:
         "args = __import__('types').SimpleNamespace(**config)",
     ],
 )
-@pytest.mark.parametrize("pause", [0.0, 0.4])
+@pytest.mark.parametrize("seconds", [0.01, 10])  # of an epoch
 def test_a_value_may_reach_the_model_in_another_way(
-    check: Checker, read: str, pause: float
+    check: Checker, read: str, seconds: float
 ) -> None:
     given = ("config, trial):\n    losses", f"config, trial):\n    {read}\n    losses")
     reads = [(f'config["{name}"]', f"args.{name}") for name in ("layers", "epochs")]
     reads.append(('* config["lr"]', "* args.lr"))
     body = TOY.replace('"sum": config["lr"] + config["layers"]', '"sum": 0')
-    hurry = [("\nif __name__", HURRY.format(9))] if pause else []
-    slow = ("        losses.append(", SLOW.format(pause))
-    status, table, _ = check(body, given, *reads, ("train_model", "fit"), slow, *hurry)
+    slow = ("        losses.append(", SLOW.format(seconds))
+    status, table, _ = check(body, given, *reads, ("train_model", "fit"), slow, BY_THE_CLOCK)
     assert status == 0
     assert table["lr"] == "ok 0.5 instead of 0.1 changes the result"
     assert table["layers"] == "ok 3 instead of 1 changes the result"
@@ -136,8 +137,8 @@ def test_a_copy_of_all_values_is_no_use_of_them(check: Checker) -> None:
 
 
 def test_what_there_is_no_time_for_is_not_tried(check: Checker) -> None:
-    slow = ("        losses.append(", SLOW.format(0.4))
-    status, table, _ = check(TOY, ("[4, 2, 6]", "[9]"), slow, ("\nif __name__", HURRY.format(1)))
+    slow = ("        losses.append(", SLOW.format(60))
+    status, table, _ = check(TOY, ("[4, 2, 6]", "[9]"), slow, BY_THE_CLOCK)
     assert status == 0
     assert table["one trial"].startswith("look 4 epochs in")  # and 3 of them after the resume
     assert table["one trial"].endswith("its end takes long: not tried")
@@ -175,8 +176,9 @@ def test_parameters_in_branches_are_tried_there(check: Checker) -> None:
 
 
 def test_where_nothing_can_be_repeated_nothing_is_proven(check: Checker) -> None:
-    noise = ('config["lr"] / config["layers"]', 'config["lr"] * __import__("time").time_ns()')
-    status, table, _ = check(TOY, noise)
+    chance = ("def search_space", "chance = __import__('random').Random(7)\ndef search_space")
+    noise = ('config["lr"] / config["layers"]', 'config["lr"] + chance.uniform(0, 1)')
+    status, table, _ = check(TOY, chance, noise)
     assert status == 0
     assert table["layers"].startswith("look not proven")
 
@@ -243,7 +245,8 @@ def test_a_task_of_slurm_makes_no_difference(check: Checker, own_study: Path) ->
 
 def test_ctrl_c_ends_it_quietly(tmp_path: Path, own_study: Path) -> None:
     script = tmp_path / "script_of_a_user.py"
-    script.write_text(TOY.replace("        losses.append(", SLOW.format(60)))
+    sleep = "        __import__('time').sleep(60)"
+    script.write_text(TOY.replace("        losses.append(", f"{sleep}\n        losses.append("))
     (tmp_path / "tmp").mkdir()
     env = {**os.environ, "PYTHONPATH": str(SCRIPTS), "TMPDIR": str(tmp_path / "tmp")}
     with subprocess.Popen(
@@ -260,7 +263,9 @@ def test_ctrl_c_ends_it_quietly(tmp_path: Path, own_study: Path) -> None:
 
 
 def test_a_trial_on_two_gpus(run: Run, tiny_pairs: Path) -> None:
-    result = run("optuna_t5.py", "--check", GPUS_PER_TRIAL="2", OMP_NUM_THREADS="1")
+    script = str(SCRIPTS / "optuna_t5.py")
+    of_two = {"GPUS_PER_TRIAL": "2", "OMP_NUM_THREADS": "1"}
+    result = run(PATIENT, script, "--check", PYTHONPATH=str(SCRIPTS), **of_two)
     print(result.stdout, result.stderr)
     table = rows(result.stdout)
     assert result.returncode == 0

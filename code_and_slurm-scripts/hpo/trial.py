@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from hpo import checkpoint, gpu
 from hpo.drain import Drain, Drained

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import pytest
 from optuna.trial import TrialState
 
 from common import wait_for
-from hpo.study.engines import EngineError
+from hpo.study.engines import EngineError, sqlite_file
 from hpo.study.engines.sqlite_errors import CorruptStudy, DiskFull, StudyBusy, StudyFileError
 from hpo.study.storage import LeaseLost, NoTrialLeft, StudyStorage
 from storage_helpers import (
@@ -417,6 +417,35 @@ def test_backup_is_skipped_while_it_is_young(path: Path) -> None:
     assert file_of(storage).backup(target, max_age=60)
     os.utime(target, (time.time() + 600, time.time() + 600))  # a host whose clock is ahead
     assert file_of(storage).backup(target, max_age=60)
+
+
+@pytest.mark.parametrize("more", ["an end", "a trial"])
+def test_the_older_copy_of_a_slower_worker_is_dropped(
+    path: Path, monkeypatch: pytest.MonkeyPatch, more: str
+) -> None:
+    storage, target = StudyStorage(path), path.with_name("study.db.backup")
+    study = optuna.create_study(storage=storage)
+    trial = study.ask()
+    assert file_of(storage).backup(target)
+    original = sqlite_file.whole_copy
+
+    @contextmanager
+    def overtaken(source: sqlite3.Connection, name: str) -> Iterator[str]:
+        with original(source, name) as copy:
+            monkeypatch.setattr(sqlite_file, "whole_copy", original)
+            if more == "an end":
+                study.tell(trial, 0.5)
+            else:
+                study.ask()
+            assert file_of(storage).backup(target, max_age=0)
+            yield copy
+
+    monkeypatch.setattr(sqlite_file, "whole_copy", overtaken)
+    assert not file_of(storage).backup(target, max_age=0)
+    kept = optuna.load_study(
+        study_name=study.study_name, storage=f"sqlite:///{target}"
+    ).get_trials()
+    assert [t.state for t in kept] == [t.state for t in study.get_trials()]
 
 
 def test_a_damaged_study_never_replaces_a_good_backup(path: Path) -> None:

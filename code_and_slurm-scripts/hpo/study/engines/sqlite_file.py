@@ -31,7 +31,7 @@ from optuna.study import StudyDirection
 
 from hpo.files import sync
 from hpo.study.engines import LOCK, SCHEMA, Transaction, Version
-from hpo.study.engines.kept import refuse_loss
+from hpo.study.engines.kept import has_all, mark, refuse_loss
 from hpo.study.engines.sqlite_errors import CorruptStudy, StudyBusy, StudyFileError, explain
 from hpo.study.engines.turn import Turn
 
@@ -272,16 +272,20 @@ class StudyFile:
         """Copy the study to `target` unless that is younger than `max_age` seconds.
 
         The copy is consistent (sqlite3's backup), checked and on the disk before it takes the
-        name; a damaged study never replaces a good backup, nor does one that has lost trials.
+        name; a damaged study never replaces a good backup, nor does one that has lost trials, or
+        that a faster worker has overtaken.
         Returns whether a copy was made.  Raises EngineError.
         """
         target = os.path.abspath(target)
         if is_young(target, max_age):
             return False
+        before = mark(target)
         with (
             closing(sqlite3.connect(f"{Path(self.path).as_uri()}?mode=rw", uri=True)) as source,
             whole_copy(source, target) as copy,
         ):
+            if mark(target) != before and has_all(target, copy):
+                return False  # of two workers that end together, the last results stay
             refuse_loss(copy, target)
             os.replace(copy, target)
         return True

@@ -14,7 +14,7 @@ import pytest
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from common import SCRIPTS
+from common import SCRIPTS, Run
 from hpo import site, values
 from hpo.settings import Settings
 from hpo.study.opening import open_study
@@ -344,6 +344,23 @@ if trial.number == 1:
     assert result.returncode == 0, result.stdout + result.stderr
     assert [trial.state for trial in trials()] == 4 * [COMPLETE]
     assert "left behind by the script, and ended after 1 s: feeder" in result.stderr
+
+
+def test_a_process_that_goes_on_after_the_worker_is_left_alone(run: Run, tmp_path: Path) -> None:
+    """As a notebook does, or a program that catches SystemExit."""
+    script = tmp_path / "my.py"
+    script.write_text("""
+import time
+from hpo import files, settings
+files.LONGEST_END = 0.0
+try:
+    settings.run_script(lambda: 3)
+except SystemExit as end:
+    time.sleep(1)
+    print("goes on after", end.code)
+""")
+    result = run(script, PYTHONPATH=str(SCRIPTS))
+    assert (result.returncode, result.stdout) == (0, "goes on after 3\n"), result.stderr
 
 
 @pytest.mark.parametrize("end", ["run_script(run_worker(objective))", "run_worker(objective)"])

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -67,6 +68,9 @@ def end_in_time(status: int) -> None:
     """
 
     def leave() -> None:
+        # It ends when Python begins to wait: never in a notebook, which goes on after SystemExit.
+        threading.main_thread().join()
+        time.sleep(LONGEST_END)
         names = [thread.name for thread in threading.enumerate() if not thread.daemon]
         left = ", ".join(names[1:]) or "a process, or a function of atexit"  # the first is Python's
         with suppress(OSError, ValueError):
@@ -74,9 +78,7 @@ def end_in_time(status: int) -> None:
                   file=sys.stderr, flush=True)  # fmt: skip
         os._exit(status)
 
-    timer = threading.Timer(LONGEST_END, leave)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=leave, name="longest end", daemon=True).start()
 
 
 @contextmanager

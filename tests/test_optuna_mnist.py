@@ -177,7 +177,7 @@ def test_no_tensor_of_a_trial_outlives_it(
 ) -> None:
     """On a GPU that is the memory of the next trial; a trial that fails leaves none, either."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
-    monkeypatch.setattr(worker, "_spare_the_old", lambda: None)
+    monkeypatch.setattr(worker, "spare_the_old", lambda: None)
     drain = Drain(math.inf)
 
     def objective(trial: optuna.Trial) -> float:

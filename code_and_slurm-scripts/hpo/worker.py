@@ -23,9 +23,6 @@ as FAIL with the reason in its user attribute `fail_reason`, and the worker goes
 
 from __future__ import annotations
 
-import atexit
-import gc
-import itertools
 import logging
 import sys
 import time
@@ -62,6 +59,7 @@ from hpo.trial import (
     be_ordinary,
     let_several_objectives_report,
     run_trial,
+    spare_the_old,
 )
 from hpo.values import SITE_FAULT, SiteAway, end_of, without_password
 from hpo.words import logger, parameters, shown, values
@@ -164,7 +162,7 @@ class _Loop:
             upkeep.trial_id = None
             if outcome.state != TrialState.RUNNING:
                 _log_end(self.study, trial, outcome, time.monotonic() - begin)
-            _spare_the_old()
+            spare_the_old()
             if gpu.ending:
                 break
             if outcome.site:
@@ -290,20 +288,6 @@ def _give_back_all(study: optuna.Study) -> None:
     storage = storage_of(study)
     if isinstance(storage, Leased):
         storage.return_held()
-
-
-def _spare_the_old() -> None:
-    """After the first trial, and every 100: later collections skip what it has imported, 0.1 s each
-    with torch, and finished trials.  What is garbage by then goes first.
-    """
-    if next(_ended) % 100 == 0:
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()
-
-
-_ended = itertools.count()
-atexit.register(gc.unfreeze)  # some C++ bindings complain of leaks otherwise
 
 
 def _log_end(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, seconds: float) -> None:

@@ -18,11 +18,12 @@ def refuse_loss(copy: str, target: str) -> None:
     """Raise EngineError if a backup has a study, or trials of one, that its successor has not."""
     now = _trials_by_study(copy)
     for name, trials in _trials_by_study(target).items():
-        if now.get(name, NONE)[0] < trials[0]:
+        before, _ = trials
+        if now.get(name, NONE)[0] < before:
             left = f"has {now[name][0]}" if name in now else "is not there"
             raise EngineError(
-                f"study {name!r} {left}, and {trials[0]} trials in its backup, which stays as it "
-                f"is: if that is meant, move it away: {target}"
+                f"study {name!r} {left}, and {before} trials in its backup, which stays as it is: "
+                f"if that is meant, move it away: {target}"
             )
 
 

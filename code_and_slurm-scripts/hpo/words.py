@@ -75,8 +75,13 @@ def own_file(file: str | None) -> bool:
 def raised(error: BaseException) -> str:
     """Return what the user's code has raised, and where: "KeyError: 'x' (my.py, line 7)"."""
     text = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
+    return f"{text} {place_of(error)}".rstrip()
+
+
+def place_of(error: BaseException) -> str:
+    """Return where in the user's files it was raised: "(my.py, line 7)"; "" if nowhere there."""
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if own_file(frame.filename)]
-    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else text
+    return f"({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def cut(text: str, most: int = 100) -> str:

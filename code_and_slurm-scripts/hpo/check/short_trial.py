@@ -15,7 +15,6 @@ import random
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,7 @@ from hpo.script import Script
 from hpo.settings import Settings, use
 from hpo.study.opening import create_or_open_study
 from hpo.trial import Objective, let_several_objectives_report, run_trial
-from hpo.words import own_file
+from hpo.words import place_of
 
 Reports: TypeAlias = "list[tuple[int, float]]"  # step, value
 LOOKING = 3.0  # seconds that the snapshots of a run may take; the first two are always made
@@ -187,10 +186,8 @@ def _placed(objective: Objective, places: list[str]) -> Objective:
         except (optuna.TrialPruned, Drained):
             raise
         except BaseException as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            own = [f for f in frames if own_file(f.filename) and f.name != "placed"]
-            if own:
-                places.append(f"({own[-1].filename.rpartition('/')[2]}, line {own[-1].lineno})")
+            if place := place_of(error):
+                places.append(place)
             raise
 
     return placed

@@ -5,10 +5,10 @@
 # A worker that ends by itself (status 0, 1, 2, 75; 74 at the job's end) is not started again.  One
 # that dies is, at most three times in a row: killed by a signal, crashed in a library, gone in the
 # middle of a trial, whatever its status, or failed by its GPU or an import that an outage has cut
-# off (70, hpo/gpu.py, hpo/site.py).  Its trial goes back to the queue at once.  A worker that had finished a trial, or lived for ten minutes, starts a
-# new row.  Status 71 is no death: the next one shall record no CUDA graph; nor is the end of a
-# worker whose script cannot be read any more: that is waited for.  A signal is passed on to the
-# worker.
+# off (70, hpo/gpu.py, hpo/site.py).  Its trial goes back to the queue at once.  A worker that had
+# finished a trial, or lived for ten minutes, starts a new row.  Status 71 is no death: the next one
+# shall record no CUDA graph; nor is the end of a worker whose script cannot be read any more: that
+# is waited for.  A signal is passed on to the worker.
 set -uo pipefail
 
 NO_CAPTURE=71  # hpo/gpu.py

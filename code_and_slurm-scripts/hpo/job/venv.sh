@@ -38,7 +38,7 @@ make_pip() {
     said=$("$python" -m venv --clear "$folder" 2>&1) || (($? != 130)) || return 130
     if ! has_pip "$folder"; then
         echo "error: $python cannot make a venv; on Debian: apt install python3-venv" \
-            "(${said##*$'\n'})" >&2
+            "${said:+(${said##*$'\n'})}" >&2
         return 2
     fi
 }

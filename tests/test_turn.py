@@ -96,7 +96,33 @@ def test_who_is_stopped_in_its_turn_stops_nobody(
     monkeypatch.undo()
     with file.write():  # it is free: from now on it is waited for again
         pass
-    assert file._turn._patience == turn.FROZEN
+    assert file._turn._stopped is None
+
+
+def test_in_a_crowd_the_turn_is_waited_for_and_seldom_looked_at(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others write for two minutes of a clock that only sleep() moves: it never goes without."""
+    holder = fork(_stop_in_ones_turn, path)
+    os.waitpid(holder, os.WUNTRACED)
+    looks, seconds = 0, 0.0
+
+    def sleep(pause: float) -> None:
+        nonlocal looks, seconds
+        looks, seconds = looks + 1, seconds + pause
+        path.with_name("study.db.next").write_bytes(os.urandom(8))  # another one has it now
+        if seconds > 120.0:
+            os.kill(holder, signal.SIGKILL)
+
+    monkeypatch.setattr(turn, "time", SimpleNamespace(monotonic=lambda: seconds, sleep=sleep))
+    waiting = turn.Turn(str(path))
+    try:
+        with waiting:
+            assert seconds > 120.0
+            assert waiting._stopped is None
+    finally:
+        kill(holder)
+    assert looks < 1500, "with three hundred that wait, looking would be all that the machine does"
 
 
 def _no_locks(*arguments: Any) -> NoReturn:

@@ -316,6 +316,22 @@ def test_an_objective_that_begins_trials_is_told_so(call: str, tmp_path: Path) -
     assert "the objective called study." in trials()[1].user_attrs["fail_reason"]
 
 
+def test_what_an_objective_queues_beyond_the_total_costs_nothing(tmp_path: Path) -> None:
+    body = "if trial.number % 3 == 0:\n    trial.study.enqueue_trial({'x': 0.5})"
+    result = work(tmp_path, body)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == [COMPLETE] * 4
+    assert [trial.params["x"] == 0.5 for trial in trials()] == [False, True, False, False]
+    assert "what the objective queues is left out: The study has its 4 trials." in result.stdout
+
+
+def test_a_step_that_no_database_can_hold_costs_that_trial_alone(tmp_path: Path) -> None:
+    result = work(tmp_path, "if trial.number == 1:\n    trial.report(x, 2 ** 63)")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == [COMPLETE, FAIL, COMPLETE, COMPLETE]
+    assert "the step 9223372036854775808 of a report" in trials()[1].user_attrs["fail_reason"]
+
+
 @pytest.mark.parametrize(("leave", "status"), [("sys.exit(3)", 3), ("return 5.0", 0), ("1 / 0", 1)])
 def test_a_process_that_the_objective_forks_is_no_worker(
     leave: str, status: int, tmp_path: Path

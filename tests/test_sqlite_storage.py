@@ -131,6 +131,17 @@ def test_enqueue_counts_in_the_budget(path: Path) -> None:
         study.ask()
 
 
+def test_the_largest_step_of_a_report(path: Path) -> None:
+    """One that is larger is refused before anything is written: the trial can go on."""
+    study = open_study(path, wait=600.0)
+    trial, largest = study.ask(), storage_of(study).file.largest_step
+    trial.report(1.0, largest)
+    with pytest.raises(ValueError, match=r"the step \d+ of a report is too large"):
+        trial.report(2.0, largest + 1)
+    study.tell(trial, 1.0)
+    assert read_trials(path)[0].intermediate_values == {largest: 1.0}
+
+
 def test_waiting_trials_come_first_in_order(path: Path) -> None:
     study = open_study(path, total_trials=3)
     first, second = study.ask(), study.ask()

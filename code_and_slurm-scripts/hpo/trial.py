@@ -34,6 +34,7 @@ from hpo.drain import Drain, Drained
 from hpo.settings import Settings, UserError
 from hpo.site import fault_of, half_imported
 from hpo.study.cache import Follower
+from hpo.study.leases import NoTrialLeft
 from hpo.study.optuna_private import storage_of, trial_id
 from hpo.study.serving.served import Leased
 from hpo.study.trials import to_keep
@@ -177,7 +178,10 @@ def _finish(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
 
 @contextmanager
 def _one_trial_alone(study: optuna.Study) -> Iterator[None]:
-    """Refuse what would begin or end a trial in an objective: the worker does."""
+    """Refuse what would begin or end a trial in an objective: the worker does.
+
+    It may queue trials (study.enqueue_trial): as many as the study still takes.
+    """
 
     def refused(name: str) -> Callable[..., Any]:
         def refuse(*arguments: Any, **others: Any) -> Any:
@@ -189,11 +193,18 @@ def _one_trial_alone(study: optuna.Study) -> Iterator[None]:
         return refuse
 
     names = ("tell", "ask", "optimize")
-    vars(study).update({name: refused(name) for name in names})
+
+    def queue(frozen: FrozenTrial) -> None:
+        try:
+            optuna.Study.add_trial(study, frozen)
+        except NoTrialLeft as error:  # its own trial shall not fail for it
+            log.warning("what the objective queues is left out: %s", error.args[0])
+
+    vars(study).update({name: refused(name) for name in names}, add_trial=queue)
     try:
         yield
     finally:
-        for name in names:
+        for name in (*names, "add_trial"):
             vars(study).pop(name, None)
 
 

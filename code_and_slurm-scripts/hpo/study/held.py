@@ -175,7 +175,7 @@ class HeldTrials:
 
     def set_report(self, trial_id: int, step: int, value: float) -> None:
         """Write an intermediate value, now or with what comes later."""
-        args = (trial_id, step, *tables.to_stored(value))
+        args = (trial_id, tables.fitting(step, self._file), *tables.to_stored(value))
         change = {"intermediate_values": {step: float(value)}}
         self._set(trial_id, ("report", step), tables.SET_REPORT, args, change)
 

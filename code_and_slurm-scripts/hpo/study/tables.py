@@ -14,7 +14,7 @@ from typing import Any
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.study.engines import Transaction
+from hpo.study.engines import Engine, Transaction
 from hpo.words import to_json
 
 SET_ATTRIBUTE = """INSERT INTO {kind}_attributes ({id}, key, value_json) VALUES (?, ?, ?)
@@ -85,6 +85,13 @@ def to_stored(value: float) -> tuple[float | None, str]:
     if math.isfinite(value):
         return value, "FINITE"
     return None, "NAN" if math.isnan(value) else "INF_POS" if value > 0 else "INF_NEG"
+
+
+def fitting(step: int, engine: Engine) -> int:
+    """Return the step of a report.  Raises ValueError if the database could not hold it."""
+    if step > engine.largest_step:
+        raise ValueError(f"the step {step} of a report is too large: at most {engine.largest_step}")
+    return step
 
 
 def to_text(local: datetime | None) -> str | None:

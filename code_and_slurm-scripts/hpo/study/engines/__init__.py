@@ -71,6 +71,7 @@ class Engine(Protocol):
     """One database and this process's connection to it; safe with threads, fork and pickle."""
 
     has_leases: bool  # False where stock Optuna's study is looked at by who may not write
+    largest_step: int  # of a report
 
     def read(self, sql: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Return all rows of one SELECT, which is one consistent picture."""

@@ -144,7 +144,7 @@ class PostgreSQL:
     def __init__(self, url: str, timeout: float = 60.0, create: bool = True) -> None:
         self._url, self.timeout = url, timeout
         self.name = without_password(url)
-        self.has_leases = True
+        self.has_leases, self.largest_step = True, 2**31 - 1  # Optuna's column has 32 bits
         self._connection: Any = None
         self._pid = os.getpid()
         self._reads = 0

@@ -129,6 +129,8 @@ class StudyFile:
     Raises CorruptStudy, StudyBusy, DiskFull or StudyFileError, all of them StudyFileError.
     """
 
+    largest_step = 2**63 - 1
+
     def __init__(
         self, path: str | os.PathLike[str], timeout: float = 60.0, readonly: bool = False
     ) -> None:

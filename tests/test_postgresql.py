@@ -487,6 +487,71 @@ def test_bad_input_is_one_line_and_creates_nothing(
     ask(url, "SELECT pg_reload_conf()")
 
 
+def _certify(address: str, path: Path) -> tuple[Path, Path]:
+    """Make a certificate of an address, and its key."""
+    certificate, key = path.with_suffix(".crt"), path.with_suffix(".key")
+    make = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={address}")
+    to = ("-addext", f"subjectAltName=IP:{address}", "-out", certificate, "-keyout", key)
+    subprocess.run([*make, *to], check=True, capture_output=True)
+    return certificate, key
+
+
+@pytest.fixture
+def tls() -> Iterator[tuple[str, Path]]:
+    """Give the URL of a database that takes encrypted connections alone, and its certificate."""
+    address = f"127.{os.getpid() % 127 + 1}.{os.getpid() // 127 % 127}.1"
+    folder = Path(f"/tmp/tls-{os.getpid()}")
+    folder.mkdir(mode=0o755)
+    certificate, key = _certify(address, folder / "server")
+    shutil.chown(key, "postgres")
+    options = f"-c ssl=on -c ssl_cert_file={certificate} -c ssl_key_file={key}"
+    server = PostgreSQLServer(folder / "pg", f"{options} -c listen_addresses={address}")
+    password = SECRET.replace("%40", "@")
+    ask(server.url("postgres"), f"ALTER ROLE postgres PASSWORD '{password}'")
+    rules = "local all all trust\nhostssl all all 127.0.0.0/8 scram-sha-256\n"
+    (server.folder / "data" / "pg_hba.conf").write_text(rules)
+    server.stop()
+    server.start()
+    server.empty("encrypted")
+    yield f"postgresql://postgres:{SECRET}@{address}/encrypted", certificate
+    server.stop()
+    shutil.rmtree(folder)
+
+
+def test_a_server_that_takes_encrypted_connections_alone(
+    tls: tuple[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, certificate = tls
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
+    stranger, _ = _certify("127.0.0.1", certificate.with_name("stranger"))
+    for query, says in {
+        "sslmode=disable": "no encryption",
+        f"sslmode=verify-full&sslrootcert={stranger}": "certificate verify failed",
+    }.items():
+        result = _init(run, f"{url}?{query}")
+        assert result.returncode == 2, result.stderr
+        assert says in result.stderr
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert "s3cr" not in result.stderr
+    safe = f"{url}?sslmode=verify-full&sslrootcert={certificate}"
+    assert _tables(safe) == []
+    settings = Settings.from_env(STUDY_DB=safe)
+    for driver in postgresql.DRIVERS:
+        monkeypatch.setattr(postgresql, "DRIVERS", (driver,))
+        storage = StudyStorage(PostgreSQL(safe))
+        encrypted = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
+        assert storage.file.read(encrypted) == [(True,)]
+        storage.remove_session()
+    monkeypatch.undo()
+    worker = start(0, STUDY_DB=safe, PYTHONPATH=str(SCRIPTS), TOTAL_TRIALS="3")
+    said = worker.communicate(timeout=LIMIT)[0]
+    assert worker.returncode == 0, said
+    assert count(open_study(settings), settings).complete == 3
+    shutil.rmtree(settings.checkpoints.parent, ignore_errors=True)
+    assert settings.backup_path
+    settings.backup_path.unlink()
+
+
 def _is_refused(url: str) -> bool:
     try:
         ask(url, "SELECT 1")

@@ -4,8 +4,9 @@
 
 The bundle's own worker loop: 8 processes, 100 trials of four epochs, 60 SIGKILLs at workers that
 hold a trial, LEASE_GRACE=6; who dies is started again until all have ended.  MAX_ATTEMPTS=99: by
-chance a trial is killed more than twice, which is no fault of the storage.  The last two storages
-are Optuna's own.  PostgreSQL takes part where Debian's package is installed, and root asks.
+chance a trial is killed more than twice, which is no fault of the storage.  The last three storages
+are Optuna's own.  PostgreSQL takes part where Debian's package is installed, and root asks; MySQL
+where Debian's mariadb-server is, and PyMySQL.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +78,35 @@ def postgresql(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
+def mysql(folder: Path) -> Iterator[str]:
+    """Start a MariaDB of its own, which listens on a socket file."""
+    files = (f"--datadir={folder}/data", "--user=root")
+    subprocess.run(
+        ["mariadb-install-db", "--no-defaults", *files, "--auth-root-authentication-method=normal"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    options = (f"--socket={folder}/socket", "--skip-networking", "--log-error")
+    server = subprocess.Popen(["mariadbd", "--no-defaults", *files, *options])
+    create = ("mariadb", "--no-defaults", options[0], "-e", "CREATE DATABASE study")
+    while subprocess.run(create, stderr=subprocess.DEVNULL).returncode:
+        assert server.poll() is None, "mariadbd has ended"
+        time.sleep(0.1)
+    yield f"mysql+pymysql://root@localhost/study?unix_socket={folder}/socket"
+    server.terminate()
+    server.wait()
+
+
+def missing(name: str) -> str:
+    """Return why a storage cannot take part here; "" where it can."""
+    if name == "postgresql":
+        return wanted()
+    if name == "mysql" and not (shutil.which("mariadbd") and find_spec("pymysql")):
+        return "needs Debian's mariadb-server, and pip install PyMySQL"
+    return ""
+
+
+@contextmanager
 def optunas_grpc(folder: Path) -> Iterator[str]:
     """Start Optuna's own proxy, before its own SQLite storage."""
     with socket.socket() as free:
@@ -93,6 +124,7 @@ STORAGES: dict[str, Callable[[Path], AbstractContextManager[str]]] = {
     "sqlite": lambda folder: nullcontext(f"sqlite:///{folder}/study.db"),
     "served": served,
     "postgresql": postgresql,
+    "mysql": mysql,
     "journal": lambda folder: nullcontext(f"journal:///{folder}/journal.log"),
     "Optuna's gRPC": optunas_grpc,
 }
@@ -172,7 +204,7 @@ def main() -> None:
     heads = ("kills", "too many", "stuck RUNNING", "without result", "seconds")
     print(f"{f'seed {seed}':<14}" + "".join(f"{head:>16}" for head in heads), flush=True)
     for name in sys.argv[2:] or STORAGES:
-        if name == "postgresql" and (why := wanted()):
+        if why := missing(name):
             print(f"{name}: {why}")
         else:
             print(row(name, seed), flush=True)

@@ -12,6 +12,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.distributions import FloatDistribution, IntDistribution
 
 from cluster.rehearsal import STATE, Cluster, Scenario
 from common import BUNDLE
@@ -117,6 +120,12 @@ class Bundle:
         """End the wait of `hold`."""
         (self.cluster.shared / self.scripts.lstrip("/") / "go").touch()
 
+    def meet(self, name: str) -> None:
+        """Let every trial wait until trials of two different names are there: `name` is Python."""
+        met = f'open(f"met-{{{name}}}", "w").close(), [time.sleep(0.2) for _ in range(1500)'
+        both = 'if len(glob.glob("met-*")) < 2]'
+        self.insert(f"import glob, os, time; {met} {both}", before="loss, _ = evaluate(")
+
     def log(self, job: int, worker: int | None = None) -> str:
         """Return the log of a job, or of one of its workers."""
         name = f"{job}.out" if worker is None else f"{job}.{worker}.out"
@@ -188,7 +197,7 @@ class Bundle:
 
 @pytest.fixture(scope="session")
 def with_optuna(cluster: Cluster) -> Cluster:
-    """Install Optuna, and all the rest, with README.txt's command."""
+    """Install Optuna, and all the rest, with README.txt's command; another module may have."""
     requirements = "requirements-container.txt"
     here, there = BUNDLE / "code_and_slurm-scripts", cluster.shared / cluster.work.lstrip("/")
     shutil.copy(here / requirements, there / requirements)
@@ -199,7 +208,8 @@ def with_optuna(cluster: Cluster) -> Cluster:
     command = typed(install)
     options = ["--online", "--cd", cluster.work]
     done = cluster.run("login", *command, options=options, timeout=600)
-    assert "Successfully installed" in done.stdout
+    there_now = ("Successfully installed", "Requirement already satisfied: optuna==")
+    assert any(line in done.stdout for line in there_now), done.stdout
     return cluster
 
 
@@ -321,9 +331,7 @@ def test_two_users_of_a_group(bundle: Bundle) -> None:
     homes = cluster.shared / "users" / "groupe"
     packages = (str(homes / "chercheur" / ".local"), str(homes / "collegue" / ".local"))
     subprocess.run(["cp", "--archive", "--link", *packages], check=True)
-    met = 'open(f"met-{os.getuid()}", "w").close(), [time.sleep(0.2) for _ in range(1500)'
-    both = 'if len(glob.glob("met-*")) < 2]'
-    bundle.insert(f"import glob, os, time; {met} {both}", before="loss, _ = evaluate(")
+    bundle.meet("os.getuid()")
     page = cluster.read(f"{bundle.scripts}/OTHER_SITE.txt")
     commands = "\n".join(re.findall(r"^    (chgrp .*|find .*)$", page, re.M))
     assert commands.count("\n") == 1, page
@@ -351,19 +359,65 @@ def test_broken_locks(bundle: Bundle) -> None:
     bundle.done("locks that hold on one host only", [job], start)
 
 
+def put_another_study(bundle: Bundle) -> list[float]:
+    """Put one beside the scripts, other.db; return the learning rates of its best, in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        study = optuna.create_study(storage=f"sqlite:///{folder}/other.db", study_name="old")
+        for value in (9, 3, 7, 1, 5, 2, 4):
+            lr = trial_rate(value)
+            space = {"lr": FloatDistribution(lr, lr), "epochs": IntDistribution(2, 2)}
+            params = {"lr": lr, "epochs": 2}
+            study.add_trial(
+                optuna.create_trial(value=value, params=params, distributions=dict(space))
+            )
+        shutil.copy(f"{folder}/other.db", bundle.cluster.shared / bundle.scripts.lstrip("/"))
+    return [trial_rate(value) for value in (1, 2, 3, 4, 5)]
+
+
+def trial_rate(value: int) -> float:
+    """Return the learning rate of the other study's trial with this value."""
+    return 1e-3 + 1e-5 * value
+
+
+RATES = """
+SELECT number, param_value FROM trials JOIN trial_params USING (trial_id) WHERE param_name = 'lr'
+"""
+VALUES = "SELECT number, value FROM trials JOIN trial_values USING (trial_id)"
+REPEATS = """
+SELECT number, value_json FROM trials JOIN trial_user_attributes USING (trial_id)
+WHERE key = 'final_of' ORDER BY number
+"""
+
+
+def check_known_and_finals(bundle: Bundle, known: list[float]) -> None:
+    """Check that a study of 12 began with these rates, and ended with its best five again."""
+    rates, values = dict(bundle.asked(RATES)), dict(bundle.asked(VALUES))
+    assert [rates[number] for number in range(1, 6)] == known  # trial 0 is known_good's
+    repeats = {number: int(text) for number, text in bundle.asked(REPEATS)}
+    assert list(repeats) == [7, 8, 9, 10, 11], repeats
+    best = sorted(range(7), key=lambda number: values[number])[:5]
+    assert sorted(repeats.values()) == sorted(best), (repeats, values)
+    assert all(rates[number] == rates[of] for number, of in repeats.items()), (repeats, rates)
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_scancel_and_submit_again(killed: bool, bundle: Bundle) -> None:
     """After scancel the same command completes the study, also if SIGTERM kills the workers.
 
-    So it does where a worker needs a part of the image that has gone.
+    So it does where a worker needs a part of the image that has gone; and among the final runs of
+    a study that began with another one's best.
     """
-    start = time.monotonic()
+    start, settings, known = time.monotonic(), {}, []
     if killed:
         die = "import signal; signal.signal(signal.SIGTERM, signal.SIG_DFL)"
         bundle.insert(die, before="config = search_space(trial)")
-    bundle.hold(6)
-    first = bundle.submit()
-    bundle.wait_finished(2)
+    else:
+        known = put_another_study(bundle)
+        settings = {"FROM_STUDY": "other.db:old", "FINAL_SEEDS": "2", "PRUNER": "none"}
+    held, least = (6, 2) if killed else (9, 8)
+    bundle.hold(held)
+    first = bundle.submit(**settings)
+    bundle.wait_finished(least)
     bundle.cluster.run("login", "scancel", str(first))
     assert bundle.cluster.wait_end(first, 600) == "CANCELLED"
     logs = [bundle.log(first), *(bundle.log(first, worker) for worker in bundle.workers(first))]
@@ -371,9 +425,11 @@ def test_scancel_and_submit_again(killed: bool, bundle: Bundle) -> None:
     if killed:
         assert re.search(r"^trial \d+ back to the queue$", "\n".join(logs), re.MULTILINE), logs
     bundle.go()
-    second = bundle.submit()
+    second = bundle.submit(**settings)
     bundle.finish(second)
     bundle.done("  … and it kills the workers" if killed else SCANCEL, [first, second], start)
+    if not killed:
+        check_known_and_finals(bundle, known)
 
 
 CURVES = """
@@ -465,8 +521,8 @@ def test_larger_model(bundle: Bundle) -> None:
 
 
 @contextmanager
-def full_home(cluster: Cluster, *hosts: str) -> Iterator[None]:
-    """HOME has no room for a byte on these hosts, within this context."""
+def no_room_at_home(cluster: Cluster, full: str, read_only: str) -> Iterator[None]:
+    """HOME has no room for a byte on one host, and is read-only on another, within this context."""
     fill = f"""
         mkdir -p /srv/home
         mount -t tmpfs -o size=64k tmpfs /srv/home
@@ -476,24 +532,27 @@ def full_home(cluster: Cluster, *hosts: str) -> Iterator[None]:
         layers=lowerdir={cluster.home},upperdir=/srv/home/upper,workdir=/srv/home/work
         mount -t overlay overlay -o $layers {cluster.home}
     """
+    lock = f"mount --bind {cluster.home} {cluster.home}; mount -o remount,bind,ro {cluster.home}"
     options = ["--user", "root", "--cd", "/"]
+    write = ("bash", "-c", "echo text >~/note")
     try:
-        for host in hosts:
-            cluster.run(host, "bash", "-ec", fill, options=options)
-            write = ("bash", "-c", "echo text >~/note")
-            assert "No space left" in cluster.run(host, *write, check=False).stderr
+        for host, made, said in ((full, fill, "No space"), (read_only, lock, "Read-only file")):
+            cluster.run(host, "bash", "-ec", made, options=options)
+            assert said in cluster.run(host, *write, check=False).stderr
         yield
     finally:
-        for host in hosts:
-            cluster.run(host, "umount", "-l", cluster.home, "/srv/home", options=options)
+        cluster.run(full, "umount", "-l", cluster.home, "/srv/home", options=options)
+        cluster.run(read_only, "umount", "-l", cluster.home, options=options)
 
 
 def test_another_site(bundle: Bundle) -> None:
-    """The header of OTHER_SITE.txt, and the Python of a module in the place of a container.
+    """The header of OTHER_SITE.txt, on two nodes, and a module's Python in place of a container.
 
-    No file is for others to read, the site sets a TMPDIR that is not there, and HOME is full.
+    No file is for others to read, the site sets a TMPDIR that is not there, and HOME is full on one
+    node, and read-only on the other.
     """
     start = time.monotonic()
+    bundle.meet("os.uname().nodename")
     here = bundle.cluster.shared / bundle.scripts.lstrip("/")
     header = re.findall(r"^    (#SBATCH .*)$", (here / "OTHER_SITE.txt").read_text(), re.M)
     old, _, rest = (here / SCRIPT).read_text().partition("\nset -euo")
@@ -507,11 +566,14 @@ def test_another_site(bundle: Bundle) -> None:
     command = f"exec apptainer exec --bind /work {bundle.cluster.image} python"
     python.write_text(f'#!/bin/bash\n{command} "$@"\n')
     python.chmod(0o755)
-    with full_home(bundle.cluster, "n1", "n2"):
-        job = bundle.submit(script="ours.sh", CONTAINER="", TOTAL_TRIALS="3", BINDS="/none")
+    with no_room_at_home(bundle.cluster, full="n1", read_only="n2"):
+        given = {"CONTAINER": "", "TOTAL_TRIALS": "3", "BINDS": "/none"}
+        job = bundle.submit("--nodes=2", script="ours.sh", **given)
         bundle.finish(job)
     bundle.done("another site, without a container", [job], start, total=3)
-    assert (bundle.cluster.job(job)["Partition"], list(bundle.workers(job))) == ("gpu", [0, 1])
+    assert bundle.cluster.job(job)["Partition"] == "gpu"
+    assert list(bundle.workers(job)) == [0, 1, 2, 3]
+    assert {*bundle.workers(job).values(), ""} == {"n1", "n2", ""}
     assert (here / "study.db").stat().st_mode & 0o077 == 0
 
 

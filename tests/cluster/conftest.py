@@ -18,7 +18,8 @@ import pytest
 
 from cluster.rehearsal import CANNOT_RUN_HERE, STATE, Cluster, Outcome, Scenario
 
-collect_ignore = [] if "FILE_SYSTEM" in os.environ else ["test_faults.py"]  # it takes long
+# They take long.
+collect_ignore = [] if "FILE_SYSTEM" in os.environ else ["test_faults.py", "test_own_postgresql.py"]
 DAEMONS = {"slurmd", "slurmctld", "munged", "bindfs", "glusterd", "glusterfsd", "glusterfs"}
 
 

@@ -1,0 +1,68 @@
+"""STUDY_DB=postgresql:job on the rehearsal cluster, by the sbatch script unmodified.
+
+    FILE_SYSTEM=bind bash tests/run.sh cluster -k own_postgresql    about 4 minutes
+    FILE_SYSTEM=gluster-stale … -k own_postgresql                   and where locks do not hold
+
+Not in CI: without FILE_SYSTEM nothing of it is collected.  This machine needs Debian's package
+postgresql.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.rehearsal import HERE, Cluster
+from cluster.test_bundle import Bundle, bundle, typed, with_optuna
+
+__all__ = ["bundle", "with_optuna"]  # its fixtures
+
+SHARE = r"""
+cd /
+ldd /usr/lib/postgresql/*/bin/{postgres,initdb} | grep -o '/[^ ]*\.so[^ ]*' | sort -u >"$0"
+ls -d /usr/lib/postgresql/*/{bin/postgres,bin/initdb,lib} /usr/share/postgresql/[0-9]* >>"$0"
+tar --create --dereference --exclude=bitcode --exclude='*jit*' --files-from="$0"
+"""
+
+
+@pytest.fixture
+def with_postgresql(cluster: Cluster, tmp_path: Path) -> None:
+    """Give the first node this machine's PostgreSQL, with those libraries that the node lacks."""
+    command = ["bash", "-ec", SHARE, str(tmp_path / "names")]
+    tar = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    command = ["bash", str(HERE / "cluster.sh"), "exec", "n1", "--user", "root", "--cd", "/", "--"]
+    subprocess.run([*command, "tar", "--extract", "--skip-old-files"], input=tar, check=True)
+
+
+def test_own_postgresql(with_postgresql: None, bundle: Bundle) -> None:
+    """STUDY_DB=postgresql:job: the first node's PostgreSQL has the study, also after scancel.
+
+    The next job begins with the copy, which is a minute old at most; so does who looks at it.
+    """
+    start, copy = time.monotonic(), "postgresql-job.mnist_hpo.backup"
+    bundle.hold(6)
+    settings = {"STUDY_DB": "postgresql:job"}
+    jobs = [bundle.submit(**settings)]
+    ended = "SELECT count(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED')"
+    copied = lambda: "yes" * (bundle.asked(ended, copy) == [(6,)])  # noqa: E731
+    bundle.cluster.wait(copied, 600, "a copy of six finished trials")
+    bundle.cluster.run("login", "scancel", str(jobs[0]))
+    assert bundle.cluster.wait_end(jobs[0], 600) == "CANCELLED"
+    bundle.go()
+    jobs.append(bundle.submit(**settings))
+    bundle.finish(jobs[1])
+    bundle.done("postgresql:job, scancel, and again", jobs, start, study=copy)
+    begun = [re.search(r"on n1 for this job; (\d+) trials", bundle.log(job)) for job in jobs]
+    assert begun[0]
+    assert begun[1]
+    assert int(begun[0][1]) == 0
+    assert int(begun[1][1]) >= 6
+    best = typed("export STUDY_DB=postgresql:job; in_image python check_best_model.py")
+    shown = bundle.cluster.run("login", *best, options=["--cd", bundle.scripts]).stdout
+    assert "\n12 of 12 trials" in shown, shown
+    files = bundle.cluster.run("n1", "ls", "/tmp").stdout
+    assert "optuna-postgresql" not in files, files

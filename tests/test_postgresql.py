@@ -444,7 +444,7 @@ def test_bad_input_is_one_line_and_creates_nothing(
     hba = server.folder / "data" / "pg_hba.conf"
     ask(url, "DROP ROLE IF EXISTS stranger")
     ask(url, "CREATE ROLE stranger LOGIN PASSWORD 'known'")
-    hba.write_text("local all stranger scram-sha-256\n" + hba.read_text())
+    hba.write_text("local all stranger md5\n" + hba.read_text())
     ask(url, "SELECT pg_reload_conf()")
     stranger = url.replace("postgres:", "stranger:")
     wait_for(lambda: _is_refused(stranger))  # the server reads its file a moment later
@@ -508,7 +508,7 @@ def tls() -> Iterator[tuple[str, Path]]:
     server = PostgreSQLServer(folder / "pg", f"{options} -c listen_addresses={address}")
     password = SECRET.replace("%40", "@")
     ask(server.url("postgres"), f"ALTER ROLE postgres PASSWORD '{password}'")
-    rules = "local all all trust\nhostssl all all 127.0.0.0/8 scram-sha-256\n"
+    rules = "local all all trust\nhostssl all all 127.0.0.0/8 md5\n"
     (server.folder / "data" / "pg_hba.conf").write_text(rules)
     server.stop()
     server.start()
@@ -525,7 +525,7 @@ def test_a_server_that_takes_encrypted_connections_alone(
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
     stranger, _ = _certify("127.0.0.1", certificate.with_name("stranger"))
     for query, says in {
-        "sslmode=disable": "no encryption",
+        "sslmode=disable": "no pg_hba.conf entry",
         f"sslmode=verify-full&sslrootcert={stranger}": "certificate verify failed",
     }.items():
         result = _init(run, f"{url}?{query}")

@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +23,11 @@ import pytest
 from optuna.trial import TrialState
 
 from common import LIMIT, wait_for
+from hpo.settings import Settings
 from hpo.study import leases
 from hpo.study.engines.sqlite_file import create_study_file
 from hpo.study.storage import LeaseLost, NoTrialLeft, StudyStorage
+from hpo.study.upkeep import Upkeep
 from storage_helpers import (
     EPOCHS,
     NAME,
@@ -129,6 +133,25 @@ def test_enqueue_counts_in_the_budget(path: Path) -> None:
     assert [study.ask().number, study.ask().number] == [0, 1]
     with pytest.raises(NoTrialLeft):
         study.ask()
+
+
+def test_a_lease_is_not_renewed_a_moment_after_another_write(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_study(path)
+    trial = study.ask()
+    renew = partial(storage_of(study).renew_lease, trial._trial_id, 900.0)
+    seen = [sql(path, "SELECT counter FROM leases")]
+    for act in (renew, partial(trial.report, 1.0, 0), renew):
+        act()
+        seen.append(sql(path, "SELECT counter FROM leases"))
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 900.0)
+    monkeypatch.setattr("hpo.study.held.time", later)
+    renew()
+    assert sql(path, "SELECT counter FROM leases") != seen[3]
+    upkeep = Upkeep(study, replace(Settings.from_env(), lease_grace=60.0))
+    assert upkeep._idle + upkeep._seconds < 30.0, "two of these must fit into the grace period"
 
 
 def test_the_largest_step_of_a_report(path: Path) -> None:

@@ -16,7 +16,7 @@ from storage_engines import Engine, run_workers
 
 WORKERS = (1, 2, 4, 8, 16, 32)
 DURATIONS = ((1.0, 8), (5.0, 3))  # seconds of a trial, trials of each worker
-EXTRAPOLATED = (30, 300, 3000)
+EXTRAPOLATED = (30, 300, 3000, 10_000)
 MINUTES = (1.0, 5.0, 60.0, 600.0)  # seconds of a trial in the last table
 
 

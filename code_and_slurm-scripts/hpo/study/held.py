@@ -39,6 +39,8 @@ from hpo.study.optuna_private import trial_id as id_of
 from hpo.study.optuna_private import with_trial_id
 from hpo.words import to_json
 
+COPIED = ("params", "distributions", "user_attrs", "system_attrs", "intermediate_values")
+
 
 @dataclass
 class _Held:
@@ -168,10 +170,12 @@ class HeldTrials:
                 raise
             self._held.pop(trial_id, None)
 
-    def renew(self, trial_id: int) -> None:
-        """Renew the lease, and write what waits. Raises LeaseLost."""
-        with self._change(trial_id):
-            pass
+    def renew(self, trial_id: int, idle: float = 0.0) -> None:
+        """Renew the lease, and write what waits; see StudyStorage.renew_lease."""
+        held = self._held.get(trial_id)
+        if held is None or time.monotonic() - held.written >= idle:
+            with self._change(trial_id):
+                pass
 
     def set_report(self, trial_id: int, step: int, value: float) -> None:
         """Write an intermediate value, now or with what comes later."""
@@ -323,10 +327,7 @@ class HeldTrials:
         if (held := self._held.get(trial_id)) is None:
             return None
         trial = copy.copy(held.trial)
-        for name in (
-            *("params", "distributions", "user_attrs", "system_attrs"),
-            "intermediate_values",
-        ):
+        for name in COPIED:
             setattr(trial, name, dict(getattr(trial, name)))
         return trial
 

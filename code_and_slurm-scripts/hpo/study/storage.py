@@ -147,12 +147,12 @@ class StudyStorage(BaseStorage):
         if self.total_trials is not None and trials >= self.total_trials:
             raise NoTrialLeft(f"The study has its {self.total_trials} trials.")
 
-    def renew_lease(self, trial_id: int) -> None:
+    def renew_lease(self, trial_id: int, idle: float = 0.0) -> None:
         """Say that the trial is alive, and write what waits of it.
 
-        A thread does so several times per grace period. Raises LeaseLost.
+        Not if it was written less than `idle` seconds ago. Raises LeaseLost.
         """
-        self._held.renew(trial_id)
+        self._held.renew(trial_id, idle)
 
     def return_trial(
         self, trial_id: int, *, excused: bool = False, crashed: bool = False

@@ -2,7 +2,8 @@
 
 A thread wakes several times per grace period and
 
-    renews the lease of the trial that is running, so that nobody takes it for dead,
+    renews the lease of the trial that is running, so that nobody takes it for dead, unless it was
+        written a moment ago: of many workers with long epochs these are most of the writes,
     returns the trials of dead workers to the queue,
     copies the study to its backup (study.db.backup) if that is older than BACKUP_SECONDS.
 
@@ -50,6 +51,7 @@ class Upkeep:
         self._study_id = study_id(study)
         self._backup = settings.backup_path
         self._seconds = min(settings.lease_grace / 6, LONGEST_SLEEP)
+        self._idle = settings.lease_grace / 4  # a report renews the lease as well
         self._signs = 0
         self._said = ""
         self._end = threading.Event()
@@ -95,7 +97,7 @@ class Upkeep:
 
     def _show_life(self, running: int) -> None:
         if isinstance(self._storage, Leased):
-            self._storage.renew_lease(running)
+            self._storage.renew_lease(running, self._idle)
         else:
             self._signs += 1
             self._storage.set_trial_system_attr(running, ALIVE, self._signs)

@@ -187,9 +187,9 @@ class ServedStorage(ProxyOfChannel):
             return super().create_new_trial(study_id, template_trial)
         return int(self._own("create_new_trial", study_id, self.total_trials))
 
-    def renew_lease(self, trial_id: int) -> None:
+    def renew_lease(self, trial_id: int, idle: float = 0.0) -> None:
         """Say that the trial is alive. Raises UpdateFinishedTrialError if it was lost."""
-        self._own("renew_lease", trial_id)
+        self._own("renew_lease", trial_id, idle)
 
     def return_trial(
         self, trial_id: int, *, excused: bool = False, crashed: bool = False

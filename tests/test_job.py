@@ -24,6 +24,7 @@ from hpo.settings import UserError
 # Of a container: Python is given its options.  Notes its arguments, and which study it would open.
 PYTHON = """#!/bin/bash
 echo "$* : $STUDY_NAME $TOTAL_TRIALS ${SLURM_JOB_END_TIME:-endless}" >>"$RECORD"
+ulimit -S -c >>"$RECORD.cores"
 marker=$RECORD.away.${*// /} # a step's first run may find the disk full, or each
 if [[ -n $AWAY && $* =~ (init_opt|job.count|check_cl|check_best) && ! -e $marker ]]; then
     [[ $AWAY == always ]] || touch "$marker"
@@ -48,8 +49,9 @@ while [[ $1 != *.sif ]]; do shift; done
 shift 2
 exec python3 "$@"
 """
-# A Slurm that obeys --export, and a TaskProlog with its own ideas.
+# A Slurm that obeys --export and has limits of its own, and a TaskProlog with its own ideas.
 SRUN = """#!/bin/bash
+ulimit -S -c "$(ulimit -H -c)"
 while [[ $1 == --* ]]; do [[ $1 != --export=ALL ]] || SLURM_EXPORT_ENV= ; shift; done
 [[ -z $SLURM_EXPORT_ENV ]] || exec env -i PATH="$PATH" RECORD="$RECORD" SLURM_PROCID=0 "$@"
 export STUDY_NAME=of_the_prolog TOTAL_TRIALS=500 SLURM_PROCID=0
@@ -117,8 +119,10 @@ def sbatch(job: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the batch script as Slurm does."""
     spooled = job.parent.parent / "slurm_script"
     shutil.copy(job / "run-optuna-multinode_Turpan.sh", spooled)
+    limits = 'ulimit -S -c "$(ulimit -H -c)" && exec bash "$0"'
+    command = ["bash", "-c", limits, str(spooled)]
     return subprocess.run(
-        ["bash", str(spooled)], cwd=job, env={**os.environ, **env}, capture_output=True, text=True
+        command, cwd=job, env={**os.environ, **env}, capture_output=True, text=True
     )
 
 
@@ -136,6 +140,7 @@ def test_tasks_have_the_settings_of_the_batch_script(job: Path, export: str) -> 
     assert len(record(job).splitlines()) == 9
     assert {line.split(" : ")[1] for line in record(job).splitlines()} == {"mine 10 endless"}
     assert "singularity exec --nv --bind /tmpdir,/work" in record(job, ".container")
+    assert set(record(job, ".cores").split()) == {"0"}  # nobody leaves one, large as its memory
 
 
 def test_a_task_without_the_settings_of_its_job_runs_nothing(job: Path) -> None:

@@ -422,6 +422,8 @@ def test_scancel_and_submit_again(killed: bool, bundle: Bundle) -> None:
     assert bundle.cluster.wait_end(first, 600) == "CANCELLED"
     logs = [bundle.log(first), *(bundle.log(first, worker) for worker in bundle.workers(first))]
     assert "RUNNING" not in [state for _, state in bundle.trials()], "\n\n".join(logs)
+    scripts = bundle.cluster.shared / bundle.scripts.lstrip("/")
+    assert not list(scripts.glob("core*"))  # of a worker that needs what has gone
     if killed:
         assert re.search(r"^trial \d+ back to the queue$", "\n".join(logs), re.MULTILINE), logs
     bundle.go()

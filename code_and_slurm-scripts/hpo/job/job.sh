@@ -11,6 +11,8 @@ status=0
 server=        # pid of what keeps the study served, where the nodes cannot share the file
 before=(0 0 0) # finished and missing trials, and reported epochs, when the job started
 
+ulimit -S -c 0 # as task.sh
+
 SITE_SECONDS=300 # that a disk or a file server may be full or away
 
 die() {

@@ -11,4 +11,7 @@ if [[ -z ${JOB_SETTINGS:-} ]]; then
 fi
 eval "$JOB_SETTINGS"
 unset JOB_SETTINGS
+# Where scancel ends the container's mount first, Python dies of a bus error.  No core then, as large
+# as its memory, in the scripts' folder; and no node that waits for it.
+ulimit -S -c 0
 exec "$@"

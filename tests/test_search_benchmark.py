@@ -12,6 +12,7 @@ import numpy as np
 import optuna
 import pytest
 import search
+import search_finals
 from search_problems import NAMES, TABLE
 from search_simulator import simulate
 
@@ -98,6 +99,22 @@ def test_final_runs_see_through_a_lucky_one_and_are_paid_for() -> None:
     }
     assert not found["finals"][:, :20].any()  # nothing is left for a search: no better than typical
     assert found["finals"][:, -1].mean() < found["one run"][:, 39].mean() - 0.5  # the same search
+
+
+def test_final_runs_that_tell_nothing_new_cost_what_they_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(search_finals, "TRAININGS", (20, 30))
+    monkeypatch.setattr(search, "problem_of", lambda name: Bowl())  # without noise
+    found = np.array([search_finals.run((4, seed)) for seed in range(3)])
+    for seed in range(3):
+        alone = simulate(Bowl(), search.NEW, 4, 30, seed)
+        assert found[seed, :, 0].tolist() == [alone[9] - alone[19], alone[19] - alone[29]]
+    trials = found[..., 1]
+    assert (trials[..., 0] < trials[..., 1]).all()
+    assert trials[..., 1].min() > 30  # most trials are pruned
+    mean = found[:, 0, 0].mean()
+    assert search_finals.row(4, found).split()[:3] == ["4", f"{mean:+.2f}", "±"]
 
 
 def test_the_table_of_curves_is_whole() -> None:

@@ -172,9 +172,7 @@ def parts(seeds: int, workers: Sequence[int], folder: str) -> Iterable[Part]:
         for number in workers:
             size = f"{number} workers, {BUDGETS[number]} full trainings"
             title = f"{len(names)} data sets of LCBench, {size}; {len(few)} seeds each"
-            yield Part(
-                title, names, number, few, {n: confirms[n] for n in ("random", "old", "new")}
-            )
+            yield Part(title, names, number, few, confirms)
         return
     if 16 in workers:
         title = f"mnist, 16 workers, {BUDGETS[16]} full trainings; chosen by {seeds} seeds from 0"
@@ -212,7 +210,7 @@ def main() -> None:
     arguments = parser.parse_args()
     text = [head(sys.argv[1:])]
     print(text[0], flush=True)
-    with ProcessPoolExecutor(os.cpu_count(), initializer=_quiet) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), initializer=quiet) as pool:
         for part in parts(arguments.seeds, arguments.workers, arguments.lcbench):
             text.append(shown(part.title, measure(pool, part)) + "\n")
             print(text[-1], flush=True)
@@ -220,7 +218,8 @@ def main() -> None:
                 FIGURES.write_text("\n".join(text))
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Make a process of the pool use one core and say nothing."""
     os.environ["OMP_NUM_THREADS"] = "1"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 

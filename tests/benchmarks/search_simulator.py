@@ -53,7 +53,9 @@ class _Running:
     epochs: int = 0
 
 
-class _Done(NamedTuple):
+class Done(NamedTuple):
+    """A complete trial."""
+
     spent: int  # epochs of the whole study by then
     number: int
     config: dict[str, Any]
@@ -65,10 +67,6 @@ def simulate(
 ) -> list[float]:
     """Return ln(regret) of the best model so far, after 1, 2, … budget full trainings.
 
-    The best model is the complete trial with the lowest observed value, as check_best_model.py
-    shows it; its regret is its `truth` above the lowest one that exists.  Before a trial is
-    complete it is that of a typical random configuration.
-
     Args:
         problem: what is minimised.
         method: settings as in the environment, such as SAMPLER, PRUNER and FINAL_SEEDS.
@@ -76,8 +74,20 @@ def simulate(
         budget: in full trainings, over all workers.
         seed: of the samplers and of the noise; the same one pairs the runs of two methods.
     """
+    done = complete_trials(problem, method, workers, budget, seed)
+    return regrets(done, problem, method, budget, seed)
+
+
+def regrets(
+    done: Sequence[Done], problem: Problem, method: Mapping[str, str], budget: int, seed: int
+) -> list[float]:
+    """Return what `simulate` does, for a search that is over.
+
+    The best model is the complete trial with the lowest observed value, as check_best_model.py
+    shows it; its regret is its `truth` above the lowest one that exists.  Before a trial is
+    complete it is that of a typical random configuration.
+    """
     settings = Settings.from_env(**method)
-    done = _search(problem, settings, workers, budget, seed)
     scale = problem.typical - problem.best
     found = []
     for trainings in range(1, budget + 1):
@@ -91,12 +101,12 @@ def simulate(
     return found
 
 
-def _best(ranked: list[_Done], problem: Problem, settings: Settings, seed: int) -> _Done | None:
+def _best(ranked: list[Done], problem: Problem, settings: Settings, seed: int) -> Done | None:
     """Return the first, or with final runs that of the first few whose mean is the lowest."""
     if not ranked or not settings.final_runs:
         return ranked[0] if ranked else None
 
-    def mean(trial: _Done) -> float:
+    def mean(trial: Done) -> float:
         again = [np.random.default_rng([seed, trial.number, n]) for n in range(1, seeds)]
         values = [problem.curve(trial.config, rng)[-1] for rng in again]
         return float(np.mean([trial.value, *values]))
@@ -105,14 +115,15 @@ def _best(ranked: list[_Done], problem: Problem, settings: Settings, seed: int) 
     return min(ranked[:FINALISTS], key=mean)
 
 
-def _search(
-    problem: Problem, settings: Settings, workers: int, budget: int, seed: int
-) -> list[_Done]:
-    """Return the complete trials of a study, in the order in which they ended."""
+def complete_trials(
+    problem: Problem, method: Mapping[str, str], workers: int, budget: int, seed: int
+) -> list[Done]:
+    """Return the complete trials of a study as they ended, without final runs."""
+    settings = Settings.from_env(**method)
     samplers = [make_sampler(settings, sampler_seed(seed, rank, 0)) for rank in range(workers)]
     study = optuna.create_study(pruner=make_pruner(settings))
     queue: list[tuple[float, int, _Running | None]] = [(0.0, rank, None) for rank in range(workers)]
-    done: list[_Done] = []
+    done: list[Done] = []
     spent = 0
     while spent < budget * problem.full:
         now, rank, running = heapq.heappop(queue)
@@ -124,7 +135,7 @@ def _search(
         state = _epoch(running)
         spent += 1
         if state == TrialState.COMPLETE:
-            done.append(_Done(spent, running.trial.number, running.config, running.curve[-1]))
+            done.append(Done(spent, running.trial.number, running.config, running.curve[-1]))
         ended = state != TrialState.RUNNING
         if ended:
             value = running.curve[-1] if state == TrialState.COMPLETE else None

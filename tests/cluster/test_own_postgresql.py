@@ -50,8 +50,9 @@ def wait_for_copy(bundle: Bundle, finished: int) -> None:
         try:
             return "yes" * (bundle.asked(ended, COPY) == [(finished,)])
         except AssertionError as error:
-            assert "disk I/O error" in str(error)
-            assert bundle.cluster.file_system == "gluster-stale"
+            stale = bundle.cluster.file_system == "gluster-stale"
+            if not stale or "disk I/O error" not in str(error):
+                raise
             return ""
 
     bundle.cluster.wait(shown, 600, f"a copy of {finished} finished trials")

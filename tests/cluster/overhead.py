@@ -118,6 +118,7 @@ def work(rank: int, places: list[Path], engines: list[Engine], rounds: int, step
     studies = [engine.study(rank, sampler) for engine in engines]
     for study in studies:  # what is done once is no cost of a trial
         study.tell(trial := study.ask(), one_trial(trial, 0.0))
+    step.wait()
     for _ in range(rounds):
         for name, study in enumerate(studies):
             step.wait()
@@ -141,6 +142,7 @@ def measure(places: list[Path], workers: int, rounds: int) -> list[list[tuple[fl
         processes = [context.Process(target=work, args=(n, *arguments)) for n in range(workers)]
         for process in processes:
             process.start()
+        step.wait()  # all have begun: that is in no count
         for _ in range(rounds):
             found.append([])
             for _ in engines:

@@ -199,6 +199,23 @@ def test_fixed_parameters_are_checked(fix: str, says: str) -> None:
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(("fix", "says"), [("", "configurations (T"), ("b=1", "with FIX=b=1 (T")])
+def test_a_space_that_takes_nothing_is_refused(fix: str, says: str) -> None:
+    """As for a grid, instead of a study of pruned trials; one that takes little is no mistake."""
+    settings = Settings.from_env(SAMPLER="tpe", FIX=fix)
+
+    def refuses(trial: Any) -> None:
+        a, b = (trial.suggest_categorical(name, [0, 1]) for name in "ab")
+        if b or not a or not fix:
+            raise optuna.TrialPruned
+
+    plan_of(Settings.from_env(SAMPLER="tpe", FIX=""), script(impossible))
+    with pytest.raises(UserError) as caught:
+        plan_of(settings, script(refuses))
+    assert str(caught.value).startswith("search_space refuses every one of 2000 configurations")
+    assert says in str(caught.value)
+
+
 def test_fixed_parameters_are_held_fast() -> None:
     settings = Settings.from_env(FIX="a=3", SAMPLER="tpe")
     study = optuna.create_study(sampler=samplers.make_sampler(settings, 1))

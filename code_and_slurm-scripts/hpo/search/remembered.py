@@ -20,7 +20,7 @@ from optuna.trial import create_trial
 from hpo.script import Script
 from hpo.search.objectives import declared_objectives
 from hpo.search.samplers import FINITE
-from hpo.search.space import Space, combinations, explore, fits
+from hpo.search.space import Space, check_takes_some, combinations, explore, fits
 from hpo.settings import Settings, UserError
 from hpo.words import logger, shown
 
@@ -77,6 +77,8 @@ def plan_of(settings: Settings, script: Script) -> Plan:
     if search_space is not None:
         plan.space = explore(search_space)
         _check_fixed(settings, plan.space)
+        if settings.sampler not in FINITE:
+            check_takes_some(search_space, settings.fixed)
     if settings.sampler in FINITE:
         if search_space is None:
             raise UserError(

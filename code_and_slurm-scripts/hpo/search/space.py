@@ -225,6 +225,38 @@ class _Given(_Notes):
         return super()._suggest(name, distribution)
 
 
+class _Drawn(_Notes):
+    """Takes the values that are given, and draws the others."""
+
+    def __init__(
+        self, given: Mapping[str, Any], study: optuna.Study, chance: random.Random
+    ) -> None:
+        super().__init__([], study)
+        self.given, self.chance = given, chance
+
+    def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
+        if name not in self._distributions:
+            drawn = value_at(distribution, self.chance.random())
+            self._suggested_params[name] = self.given.get(name, drawn)
+            self._distributions[name] = distribution
+        return self._suggested_params[name]
+
+
+def check_takes_some(search_space: SearchSpace, given: Mapping[str, Any]) -> None:
+    """Raise UserError for a search_space that refuses whatever is drawn beside what is given."""
+    study, chance = _study(), random.Random(0)
+    for _ in range(MOST_TRIES):
+        try:
+            if not _Drawn(given, study, chance).ask(search_space):
+                return
+        except UserError:  # the trial that comes there will say why
+            return
+    beside = f" with FIX={','.join(f'{n}={shown(v)}' for n, v in given.items())}" if given else ""
+    raise UserError(
+        f"search_space refuses every one of {MOST_TRIES} configurations{beside} (TrialPruned)"
+    )
+
+
 def misfit(search_space: SearchSpace, given: Mapping[str, Any]) -> str:
     """Return why a configuration, or a part of one, is not in the space; "" if it is."""
     trial = _Given(given, _study())

@@ -171,14 +171,28 @@ def test_arguments_of_its_own(tmp_path: Path) -> None:
     assert "what follows -- is the script's own" in wrong.stderr
 
 
-def test_a_notebook(tmp_path: Path) -> None:
-    cell = HEAD + PLAIN + "print('status', run_worker(objective))\n"
+@pytest.mark.parametrize("launcher", ["ipykernel_launcher.py", "colab_kernel_launcher.py"])
+def test_a_notebook(launcher: str, tmp_path: Path) -> None:
+    """Its arguments are the kernel's; and its later cells can be interrupted, as before."""
+    cell = f"""{HEAD}{PLAIN}
+import signal, threading
+handlers = [signal.getsignal(number) for number in range(1, 16)]
+print('status', run_worker(objective), handlers == list(map(signal.getsignal, range(1, 16))))
+def elsewhere():
+    try:
+        run_worker(objective)
+    except Exception as error:
+        print(f'{{type(error).__name__}}: {{error}}')
+threading.Thread(target=elsewhere).start()
+"""
     path = tmp_path / "kernel.py"
     path.write_text(
-        "import sys\nsys.argv = ['/x/ipykernel_launcher.py', '-f', 'kernel-1.json']\n"
+        f"import sys\nsys.argv = ['/x/{launcher}', '-f', 'kernel-1.json']\n"
         f"exec(compile({cell!r}, '/tmp/ipykernel_1/123.py', 'exec'), {{'__name__': '__main__'}})\n"
     )
-    assert "status 0" in run(path).stdout
+    printed = run(path).stdout
+    assert "status 0 True" in printed
+    assert "UserError: run_worker is for the main thread" in printed
     assert open_study(Settings.from_env()).user_attrs["py_script"] == script.NOTEBOOK
 
 

@@ -177,6 +177,18 @@ def signals_held() -> Iterator[None]:
             os.kill(os.getpid(), signum)
 
 
+@contextmanager
+def handlers_put_back() -> Iterator[None]:
+    """Let signals do after this block what they did before it: a notebook's cell can be stopped."""
+    handlers = {number: signal.getsignal(number) for number in (*RAISING, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # one that is not Python's
+                signal.signal(number, handler)
+
+
 _in_use: list[Drain] = []  # at most one: signals have one handler
 
 

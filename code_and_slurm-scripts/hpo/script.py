@@ -266,7 +266,8 @@ def prepare(me: Script) -> None:
 
 def in_a_notebook() -> bool:
     """Return whether the script is a notebook's cell."""
-    return Path(sys.argv[0]).name.startswith("ipykernel") or "ipykernel" in sys.modules
+    launcher = Path(sys.argv[0]).name  # ipykernel_launcher.py, colab_kernel_launcher.py
+    return launcher.endswith("kernel_launcher.py") or "ipykernel" in sys.modules
 
 
 # ---------- Imported, to use its functions ----------

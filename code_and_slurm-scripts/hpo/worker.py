@@ -25,10 +25,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import optuna
@@ -37,7 +38,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo import gpu, script
 from hpo import settings as process
-from hpo.drain import Drain, DrainingPruner
+from hpo.drain import Drain, DrainingPruner, handlers_put_back
 from hpo.search import finals
 from hpo.search.given import equip
 from hpo.search.guard import SearchFailed
@@ -84,7 +85,10 @@ def run_worker(objective: Objective) -> int:
     if process.imported_by_another:
         return 0
     try:
-        return _work(objective)
+        if threading.current_thread() is not threading.main_thread():
+            raise UserError("run_worker is for the main thread, which alone is told of signals")
+        with handlers_put_back() if script.in_a_notebook() else nullcontext():
+            return _work(objective)
     except (UserError, OSError) as error:
         if process.ends_with_a_line or script.in_a_notebook():
             raise

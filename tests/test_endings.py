@@ -349,13 +349,13 @@ if child > 0:
 
 
 def test_what_the_script_leaves_behind_holds_up_no_worker(tmp_path: Path) -> None:
-    """Python waits for such a thread as long as it runs, here for longer than the test."""
+    """Python waits for such a thread as long as it runs, here two minutes."""
     body = """
 import threading
 from hpo import files
 files.LONGEST_END = 1.0
 if trial.number == 1:
-    threading.Thread(target=time.sleep, args=(600,), name="feeder").start()"""
+    threading.Thread(target=time.sleep, args=(120,), name="feeder").start()"""
     result = work(tmp_path, body)
     assert result.returncode == 0, result.stdout + result.stderr
     assert [trial.state for trial in trials()] == 4 * [COMPLETE]

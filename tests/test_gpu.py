@@ -187,6 +187,21 @@ def test_lost_gpu_is_no_cpu(run: Run) -> None:
     assert result.stdout.count("device: the CPU") == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "named", "used"),
+    [("2", "0", "2"), ("2, 3", "0,3", "2,3"), ("2,3", "3", "3"), ("2", "", ""), (None, "0", "0")],
+)
+def test_a_script_that_names_another_gpu_has_its_own(
+    given: str | None, named: str, used: str, run: Run, tmp_path: Path
+) -> None:
+    env = {"CUDA_VISIBLE_DEVICES": given} if given else {}
+    name, script = "os.environ['CUDA_VISIBLE_DEVICES']", tmp_path / "my.py"
+    script.write_text(f"import os; {name} = '{named}'; import hpo.worker; print({name})")
+    result = run(script, PYTHONPATH=str(SCRIPTS), **env)
+    assert result.stdout == f"{used}\n"
+    assert ("this worker has" in result.stderr) == (used != named)
+
+
 # ---------- On a machine without Slurm ----------
 
 LISTED = """GPU 0: NVIDIA A100 (UUID: GPU-aa)

@@ -15,6 +15,8 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -84,6 +86,36 @@ def _listed(index: int) -> str:
     entries = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     entry = entries[index].strip() if index < len(entries) else ""
     return entry if entry.startswith(("GPU-", "MIG-")) else ""
+
+
+def keep_own() -> None:
+    """Put back the GPU that this process was given, where a script names another one.
+
+    `os.environ["CUDA_VISIBLE_DEVICES"] = "0"` stands in many scripts: all workers would share that
+    GPU, or it is somebody else's.  A choice among those given, or the CPU, is the script's affair.
+    """
+    given = _entries(_given("CUDA_VISIBLE_DEVICES"))
+    mine = _entries(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    if given and mine and not set(mine) <= set(given):
+        text = ",".join(given)
+        log.warning("the script names GPU %s; this worker has %s", ",".join(mine), text)
+        os.environ["CUDA_VISIBLE_DEVICES"] = text
+
+
+def _given(name: str) -> str:
+    """Return a variable of the environment that this process was started with; "" without it."""
+    with suppress(OSError):  # no Linux
+        for entry in Path("/proc/self/environ").read_bytes().split(b"\0"):
+            if entry.startswith(f"{name}=".encode()):
+                return os.fsdecode(entry[len(name) + 1 :])
+    return ""
+
+
+def _entries(visible: str) -> list[str]:
+    """Return the GPUs of a CUDA_VISIBLE_DEVICES; CUDA, too, reads up to the first that is none."""
+    entries = [entry.strip() for entry in visible.split(",")]
+    end = next((i for i, entry in enumerate(entries) if entry in NO_GPU), len(entries))
+    return entries[:end]
 
 
 # ---------- Promised, or lost ----------
@@ -207,9 +239,7 @@ def usable() -> list[str]:
     """
     preset = os.environ.get("CUDA_VISIBLE_DEVICES")
     if preset is not None:
-        entries = [entry.strip() for entry in preset.split(",")]
-        end = next((i for i, entry in enumerate(entries) if entry in NO_GPU), len(entries))
-        return entries[:end]  # CUDA, too, reads up to the first that is none
+        return _entries(preset)
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
     except FileNotFoundError:

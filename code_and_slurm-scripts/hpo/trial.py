@@ -270,7 +270,11 @@ atexit.register(gc.unfreeze)  # some C++ bindings complain of leaks otherwise
 
 
 def be_ordinary(rank: int) -> None:
-    """Hide from the objective that this process has a rank: it would wait for the others."""
+    """Hide from the objective that this process has a rank: it would wait for the others.
+
+    And let it have the GPU that it was given.
+    """
+    gpu.keep_own()
     os.environ["WORKER_RANK"] = str(rank)
     for name in RANKS:
         os.environ.pop(name, None)

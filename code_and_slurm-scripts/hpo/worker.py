@@ -71,6 +71,7 @@ POLL_SECONDS = 0.05, 1.0  # at first and at most, while other workers run the la
 log = logger("hpo.worker")
 script.end_without_needs()  # now, before the script imports what is missing …
 script.take_arguments()  # … and looks at them
+gpu.keep_own()  # … or at its GPU
 
 
 def run_worker(objective: Objective) -> int:

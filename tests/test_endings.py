@@ -348,6 +348,24 @@ if child > 0:
     assert trials()[1].user_attrs["status"] == status
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_handler_of_the_scripts_own_loses_no_trial(first: int, tmp_path: Path) -> None:
+    """The trial that a signal ends, through it, or though an earlier one ignores all signals."""
+    body = f"""
+import signal
+def handler(number, frame):
+    sys.exit(3)
+if trial.number == {first}:
+    signal.signal(signal.SIGTERM, handler if {first} else signal.SIG_IGN)
+if trial.number == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)"""
+    result = work(tmp_path, body)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == [COMPLETE, WAITING]
+    assert "Traceback" not in result.stdout + result.stderr
+
+
 def test_what_the_script_leaves_behind_holds_up_no_worker(tmp_path: Path) -> None:
     """Python waits for such a thread as long as it runs, here two minutes."""
     body = """

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,9 @@ class Drain:
         self._last = time.monotonic()  # start of the running epoch
         self._longest_epoch = 0.0  # seconds
         _in_use[:] = [self]
+        self._install()
+
+    def _install(self) -> None:
         signal.signal(signal.SIGUSR1, self._stop_after_epoch)
         signal.signal(signal.SIGTERM, self._stop_now)
         signal.signal(signal.SIGINT, self._stop_now)
@@ -91,6 +95,15 @@ class Drain:
         """Whether SIGTERM or SIGINT has come."""
         return self._at_once
 
+    def came_to(self, error: BaseException) -> bool:
+        """Whether `error` was raised in a signal handler of the script's own; then it stops."""
+        handlers = [signal.getsignal(number) for number in (*RAISING, signal.SIGUSR1)]
+        codes = [getattr(handler, "__code__", None) for handler in handlers]
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_code in codes for frame, _ in frames):
+            self._requested = self._at_once = True
+        return self._at_once
+
     def epoch_ended(self) -> None:
         """Note how long the epoch took."""
         now = time.monotonic()
@@ -104,6 +117,7 @@ class Drain:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Let SIGTERM and SIGINT raise `Drained` in this block; elsewhere they only ask."""
+        self._install()  # the trial before may have put in handlers of its own
         self._last = time.monotonic()
         self._interruptible = self._running = True
         try:

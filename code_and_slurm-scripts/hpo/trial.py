@@ -107,7 +107,7 @@ def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
         log.error("trial %d failed: %s", trial.number, error)
         return Outcome(TrialState.FAIL, reason=str(error))
     except BaseException as error:  # whatever leaves the objective costs the trial, not the worker
-        if drain.at_once:  # scancel also takes the container's image away: not the trial's fault
+        if drain.came_to(error):  # scancel takes the container's image away, too
             return Outcome(TrialState.WAITING)
         if half := half_imported(error):
             gpu.give_up(half, gpu.BROKEN)

@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.script import Script
@@ -325,16 +330,21 @@ def test_number_of_reports_follows_from_what_was_seen() -> None:
     assert count(running, [trial(3, reports=7), trial(5, reports=7)]) == 7
     assert count(running, [trial(3, reports=7), trial(5, reports=6)]) is None
     assert count(running, []) == 9  # of `epochs`, while nothing else is known
+    running.params["n_epochs"] = 4.0  # of suggest_float
+    assert count(running, [trial(3), trial(5)]) == 4
 
 
-def test_first_trials_are_pruned_but_not_after_what_may_be_their_last_report() -> None:
+@pytest.mark.parametrize("kind", [IntDistribution(1, 4), FloatDistribution(1, 4, step=1)])
+def test_first_trials_are_pruned_but_not_after_what_may_be_their_last_report(
+    kind: BaseDistribution,
+) -> None:
     """Before a trial is complete; halving begins with the first report, and others still train."""
     study = optuna.create_study(
         pruner=pruners.make_pruner(Settings.from_env()), sampler=optuna.samplers.RandomSampler(1)
     )
-    rounds: dict[str, Any] = {"rounds": IntDistribution(1, 4)}
-    for number in (4, 4, 1, 4):
-        study.enqueue_trial({"rounds": number})
+    rounds: dict[str, Any] = {"rounds": kind}
+    for number in (4.0, 4.0, 1.0, 4.0):
+        study.enqueue_trial({"rounds": kind.to_external_repr(number)})
     best, hopeless, short, worse = (study.ask(rounds) for _ in range(4))
     for trial, value in ((best, 0.1), (hopeless, 0.9), (short, 0.9), (worse, 0.9)):
         trial.report(value, 0)

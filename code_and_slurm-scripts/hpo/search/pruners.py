@@ -60,9 +60,14 @@ def _goes_on(trial: FrozenTrial, others: list[FrozenTrial]) -> bool:
     means the epochs would be after the last of them.
     """
     reports = len(trial.intermediate_values)
-    may_mean_epochs = any(type(v) is int and v == reports for v in trial.params.values())
+    may_mean_epochs = any(_is_whole(v) and v == reports for v in trial.params.values())
     ahead = any(len(other.intermediate_values) > reports for other in others)
     return ahead and not may_mean_epochs
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value may be a number of epochs; suggest_float gives 4.0, too."""
+    return type(value) in (int, float) and value % 1 == 0
 
 
 class Halving(BasePruner):
@@ -172,7 +177,7 @@ class Lengths(Follower):
     def number(self, trial: FrozenTrial) -> int | None:
         """Return how often a trial will report, or None."""
         for name in sorted(self._names):
-            if type(trial.params.get(name)) is int:
+            if _is_whole(trial.params.get(name)):
                 return int(trial.params[name])
         return next(iter(self.seen)) if len(self.seen) == 1 else None
 

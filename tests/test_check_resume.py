@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 from checked import CLOCK, NET, Checker, check, lines
+from hpo.check.afresh import Kept
 from hpo.check.live import Seen, lost
 
 __all__ = ["check"]
@@ -46,6 +50,78 @@ def test_what_no_checkpoint_holds_is_named(
     assert status == 1
     assert table["resume"].startswith("MEND ")
     assert table["resume"].endswith(f"not in its checkpoint: {named}")
+
+
+def test_what_a_process_keeps_is_no_checkpoint(check: Checker) -> None:
+    """The check's resumed trial runs in the same process; in a study, in another one."""
+    step = ("def train_model", "STEP = 0\ndef train_model")
+    first = ("    torch.manual_seed(0)", "    global STEP\n    torch.manual_seed(0)")
+    act = "STEP += 1\noptimizer.param_groups[0]['lr'] = config['lr'] * 0.7 ** STEP"
+    loaded = lines(loaded="if not losses: STEP = 0", epoch=act)
+    status, table, _ = check(NET, step, first, *loaded)
+    assert status == 1
+    assert table["resume"].startswith("MEND interrupted after epoch 1 it went on at epoch 2, but")
+    assert table["resume"].endswith("not in its checkpoint: STEP")
+
+
+def test_what_is_loaded_once_for_all_trials_is_no_mistake(check: Checker) -> None:
+    data = """DATA, CALLS = None, 0
+def data():
+    global DATA, CALLS
+    CALLS += 1
+    if DATA is None:
+        print('loads')
+        DATA = torch.ones(64, 4)
+    return DATA
+
+def train_model"""
+    used = ("torch.randn(64, 4)", "torch.randn(64, 4) + data()")
+    status, table, printed = check(NET, ("def train_model", data), used)
+    assert status == 0
+    assert table["resume"].startswith("ok ")
+    assert 1 < printed.count("loads") < 5  # at first, and in what stands for another process
+
+
+def test_kept_is_as_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_users_module.py").write_text("""
+import functools, torch
+class Run:
+    step, seen, on = 0, [1, {"a": (2,)}], False
+    def __call__(self, trial, more):
+        self.step += 1
+        Run.step += 1
+        Run.seen.append(7)
+        Run.seen[1]["a"] = 3
+        more["n"] = 1
+        count()
+        globals().update(best=0.5, cache={1: torch.ones(1)}, data="loaded", words=[2])
+        Run.on = True
+run, best, cache, data, words = Run(), 9.0, {}, None, [1]
+def count(calls=[]):
+    calls.append(1)
+    count.calls = len(calls)
+count.calls = 0
+itself = [1]
+itself.append(itself)
+objective = functools.partial(run, more={})
+""")
+    module = importlib.import_module("a_users_module")
+    words, kept = module.words, Kept(module.objective)
+    for new_process in (False, True):
+        module.objective(None)
+        kept.put_back(new_process)
+        assert module.Run.step == module.count.calls == 0
+        assert "step" not in vars(module.run)
+        assert module.count.__defaults__ == ([],)
+        assert module.Run.seen == [1, {"a": (2,)}]
+        assert module.objective.keywords == {"more": {}}
+        assert module.best == 9.0
+        assert module.words is words == [1]
+        assert module.Run.on  # a switch: what it has begun is there, in this process
+        assert (module.data, bool(module.cache)) == (
+            (None, False) if new_process else ("loaded", True)
+        )
 
 
 def test_what_cannot_be_named_is_found(check: Checker) -> None:

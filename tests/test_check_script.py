@@ -162,6 +162,22 @@ def test_a_parameter_that_acts_later_is_no_mistake(check: Checker) -> None:
     )
 
 
+def test_value_and_step_the_other_way_round_are_a_mistake(check: Checker) -> None:
+    status, table, _ = check(TOY, ("trial.report(losses[-1], epoch)",
+                                   "trial.report(epoch, losses[-1] + epoch)"))  # fmt: skip
+    assert status == 1
+    assert table["report"].endswith("is no whole number; trial.report(value, epoch), in this order")
+
+
+def test_a_longer_trial_that_fails_at_its_end_is_a_mistake(check: Checker) -> None:
+    """The shortest one does not; the others end early, or after their first epoch."""
+    status, table, _ = check(TOY, ("    return losses[-1]", "    if len(losses) < 4:\n"
+                                   "        return losses[-1]"))  # fmt: skip
+    assert status == 1
+    assert table["one trial"].startswith("ok ")
+    assert table["epochs"].startswith("MEND with epochs=6 the trial fails: the objective returned")
+
+
 def test_parameters_in_branches_are_tried_there(check: Checker) -> None:
     space = ("    return {**", "    kind = trial.suggest_categorical('kind', ['a', 'b'])\n"
              "    if kind == 'b':\n        config['beta'] = trial.suggest_float('beta', 1, 2)\n"

@@ -69,7 +69,9 @@ def one_line(text: object, most: int = 500) -> str:
 
 def own_file(file: str | None) -> bool:
     """Return whether a source file is the user's: not Python's, a package's or the plumbing's."""
-    return bool(file) and not str(file).startswith((HPO, *LIBRARIES, "<frozen"))
+    text = str(file or "")
+    installed = "/site-packages/" in text or "/dist-packages/" in text  # also pip install --user
+    return bool(text) and not installed and not text.startswith((HPO, *LIBRARIES, "<frozen"))
 
 
 def raised(error: BaseException) -> str:

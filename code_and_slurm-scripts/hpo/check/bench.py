@@ -64,6 +64,7 @@ class Bench:
         self._reported: dict[int, float] = {}  # when the trial that runs to its end began to
         self.whole = Outcome()
         self.epochs_name = ""  # the parameter that is the number of epochs, once it is known
+        self.failing: dict[str, str] = {}  # name → why a trial with more of it fails
         self.read: set[str] = set()  # names that train_model has asked its config for
         self.noise = {"reports": 0.0, "saves": 0.0}  # between two trials that are the same
         self.ends: list[Outcome] = []  # of trials that should_prune() told to end
@@ -227,6 +228,8 @@ class Bench:
                     continue
                 progress(f"more epochs: {name}={more}")
                 again = self.run(values)
+                if again.state == TrialState.FAIL:
+                    self.failing[name] = f"with {name}={more} the trial fails: {again.reason}"
                 if again.ended and len(again.reports) == more:
                     self.epochs_name = name
                     trial = self.trial(values)

@@ -33,6 +33,7 @@ from optuna.trial import TrialState
 
 from hpo import gpu, script
 from hpo.check import costs, resuming
+from hpo.check.afresh import Kept
 from hpo.check.bench import FIRST_SECONDS, LEAST, Bench
 from hpo.check.parameters import Parameters
 from hpo.check.short_trial import Outcome, ShortTrial
@@ -45,7 +46,7 @@ from hpo.search.pruners import check_search
 from hpo.search.remembered import plan_of
 from hpo.settings import Settings, use
 from hpo.trial import Objective, be_ordinary
-from hpo.words import duration, logger, values
+from hpo.words import duration, logger, shown, values
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell has it
 
@@ -67,6 +68,7 @@ def check_script(objective: Objective, me: Script, settings: Settings) -> int:
     script.prepare(me)
     gpu.check(start=settings.gpus_per_trial == 1)
     ShortTrial.drain = Drain(float("inf"))  # from now on, Ctrl-C is noted
+    ShortTrial.kept = Kept(objective)
     table = Table()
     try:
         with tempfile.TemporaryDirectory(prefix="check-") as folder:
@@ -157,6 +159,9 @@ def _its_end(bench: Bench, table: Table) -> bool:
     if not ending.reports and not bench.me.offers("NO_EPOCHS"):
         table.add("report", "MEND", "never called: trial.report(value, epoch) after each epoch "
                   "(or NO_EPOCHS = True in the script)")  # fmt: skip
+    elif ending.fraction is not None:
+        what = f"the step {shown(ending.fraction)} is no whole number"
+        table.add("report", "MEND", f"{what}; trial.report(value, epoch), in this order")
     elif _same_steps(bench):
         step = ending.reports[0][0]
         text = f"step {step} is reported more than once; trial.report(value, epoch): 0, 1, 2, …"

@@ -17,7 +17,7 @@ import numbers
 import random
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
-from types import FrameType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from hpo.words import HPO, own_file
@@ -121,20 +121,30 @@ def _variables(frame: FrameType | None) -> Iterator[tuple[str, Any]]:
     """Yield the variables of the user's functions above a frame, and what their objects hold."""
     while frame is not None and not frame.f_code.co_filename.startswith(f"{HPO}/trial.py"):
         if own_file(frame.f_code.co_filename) and frame.f_code.co_name != "<module>":
-            for name, value in list(frame.f_locals.items()):
+            for name, value in [*frame.f_locals.items(), *_globals(frame)]:
                 yield name, value
                 for attribute, inner in _inside(value):
                     yield f"{name}.{attribute}", inner
         frame = frame.f_back
 
 
+def _globals(frame: FrameType) -> Iterator[tuple[str, Any]]:
+    """Yield the names of its module that a function uses."""
+    for name in frame.f_code.co_names:
+        if name in frame.f_globals and not isinstance(frame.f_globals[name], ModuleType):
+            yield name, frame.f_globals[name]
+
+
 def _inside(value: Any) -> Iterable[tuple[str, Any]]:
-    """Return the attributes of an object of a class of the user's own, or a loader's generator."""
-    if not hasattr(value, "__dict__") or isinstance(value, type):
+    """Return what a class or a function of the user's has, or an object; a loader's generator."""
+    if not hasattr(value, "__dict__"):
         return []
-    module = sys.modules.get(type(value).__module__)
+    kind = value if isinstance(value, (type, FunctionType)) else type(value)
+    module = sys.modules.get(kind.__module__)
     if own_file(getattr(module, "__file__", None)):
         return list(vars(value).items())
+    if isinstance(value, type):
+        return []
     return [(n, v) for n, v in vars(value).items() if n == "generator" and v is not None]
 
 

@@ -56,6 +56,9 @@ class Parameters:
         if name in bench.fixed:
             self.verdicts[name] = "-", f"not tried: FIX gives it {shown(bench.fixed[name])}"
             return
+        if name in bench.failing:
+            self.verdicts[name] = "MEND", bench.failing[name]
+            return
         if name == bench.epochs_name:
             self.verdicts[name] = "ok", "it is the number of epochs"
             return

@@ -194,5 +194,5 @@ def _not_the_same(bench: Bench, what: str, lost: dict[str, bool], rounding: bool
         return "look", f"{what}; here, no two trials are quite the same"
     return "MEND", (
         f"{what}: something is not in its checkpoint "
-        "(a scheduler? an iterator over the data that outlives an epoch?)"
+        "(a scheduler? a global variable? an iterator over the data that outlives an epoch?)"
     )

@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo import checkpoint, gpu
 from hpo.check import live
+from hpo.check.afresh import Kept
 from hpo.check.config import Config
 from hpo.check.picking import Picked
 from hpo.drain import Drain, Drained
@@ -72,6 +73,7 @@ class Outcome:
     reason: str = ""  # of a failure
     reports: Reports = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # of the reports, seconds after the start
+    fraction: float | None = None  # a step that is no whole number; Optuna cuts it off
     asked: int = 0  # calls of should_prune
     late: bool = False  # the time was over
     seconds: float = 0.0
@@ -127,6 +129,7 @@ class ShortTrial:
     studies = 0
     drain: Drain | None = None  # of the trial before
     asks = True  # whether the script is known to ask should_prune()
+    kept: Kept  # of the script, since the check began
 
     def __init__(
         self, objective: Objective, me: Script, values: Mapping[str, Any], chance: int = 0
@@ -155,6 +158,7 @@ class ShortTrial:
         if before and before.at_once:  # Ctrl-C between two trials
             raise KeyboardInterrupt
         seed_everything(self.runs)  # whoever resumes it is another process, elsewhere in its seeds
+        ShortTrial.kept.put_back(new_process=self.runs > 0)
         self.runs += 1
         pruner = self.study.pruner = _Pruner(outcome, answer)
         trial = self.study.ask()
@@ -205,6 +209,8 @@ def _watch_reports(trial: optuna.Trial, outcome: Outcome, pruner: _Pruner, begin
         if outcome.late or pruner.over or (wanted and _waited(wanted)):
             raise Drained  # it does not ask, or it does not listen: nothing else ends it
         report(value, step)
+        if int(step) != step:
+            outcome.fraction = float(step)
         outcome.reports.append((int(step), float(value)))
         now = time.monotonic()
         outcome.times.append(now - begin - looking)

@@ -162,11 +162,23 @@ def test_a_parameter_that_acts_later_is_no_mistake(check: Checker) -> None:
     )
 
 
-def test_value_and_step_the_other_way_round_are_a_mistake(check: Checker) -> None:
-    status, table, _ = check(TOY, ("trial.report(losses[-1], epoch)",
-                                   "trial.report(epoch, losses[-1] + epoch)"))  # fmt: skip
+@pytest.mark.parametrize(
+    ("report", "says"),
+    [
+        (
+            "epoch, losses[-1] + epoch",
+            "is no whole number; trial.report(value, epoch), in this ord",
+        ),
+        ("losses[-1], 9 - epoch", "step 8 comes after step 9; trial.report(value, epoch): 0, 1, 2"),
+    ],
+)
+def test_steps_that_no_pruner_could_compare_are_a_mistake(
+    check: Checker, report: str, says: str
+) -> None:
+    status, table, _ = check(TOY, ("report(losses[-1], epoch)", f"report({report})"))
     assert status == 1
-    assert table["report"].endswith("is no whole number; trial.report(value, epoch), in this order")
+    assert table["report"].startswith("MEND ")
+    assert says in table["report"]
 
 
 def test_a_longer_trial_that_fails_at_its_end_is_a_mistake(check: Checker) -> None:

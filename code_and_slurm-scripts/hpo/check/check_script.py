@@ -27,6 +27,7 @@ import sys
 import tempfile
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 
 import optuna
 from optuna.trial import TrialState
@@ -118,7 +119,7 @@ def _try_all(bench: Bench, table: Table) -> None:
         return
     rows = Table()
     if bench.whole.reports:
-        resume = ("-", "not tried: see report") if _same_steps(bench) else resuming.resumed(bench)
+        resume = ("-", "not tried: see report") if _wrong_step(bench) else resuming.resumed(bench)
         Parameters(bench).check(rows)
         table.add("prune", *resuming.pruned(bench))
         table.add("resume", *resume)
@@ -162,10 +163,8 @@ def _its_end(bench: Bench, table: Table) -> bool:
     elif ending.fraction is not None:
         what = f"the step {shown(ending.fraction)} is no whole number"
         table.add("report", "MEND", f"{what}; trial.report(value, epoch), in this order")
-    elif _same_steps(bench):
-        step = ending.reports[0][0]
-        text = f"step {step} is reported more than once; trial.report(value, epoch): 0, 1, 2, …"
-        table.add("report", "MEND", text)
+    elif wrong := _wrong_step(bench):
+        table.add("report", "MEND", f"{wrong}; trial.report(value, epoch): 0, 1, 2, …")
     return True
 
 
@@ -182,6 +181,12 @@ def _ended(ending: Outcome, images: int) -> tuple[str, str]:
     return "look", f"{text}, with TRAIN_IMAGES={images}; its end takes long: not tried"
 
 
-def _same_steps(bench: Bench) -> bool:
+def _wrong_step(bench: Bench) -> str:
+    """Return what is wrong with the order of the steps: Optuna compares the largest one alone."""
     steps = [step for step, _ in bench.whole.reports]
-    return len(set(steps)) < len(steps)
+    for before, step in pairwise(steps):
+        if len(set(steps)) < len(steps) and step <= before:
+            return f"step {step} is reported more than once"
+        if step < before:
+            return f"step {step} comes after step {before}"
+    return ""

@@ -181,6 +181,13 @@ def test_steps_that_no_pruner_could_compare_are_a_mistake(
     assert says in table["report"]
 
 
+def test_a_value_that_was_never_reported_is_a_remark(check: Checker) -> None:
+    """As where the loss is reported, and the accuracy returned: a pruner would stop the best."""
+    status, table, _ = check(TOY, ("    return losses[-1]", "    return 1 - losses[-1]"))
+    assert status == 0
+    assert re.match(r"look the trial ends with \S+, its last report was \S+; ", table["report"])
+
+
 def test_a_longer_trial_that_fails_at_its_end_is_a_mistake(check: Checker) -> None:
     """The shortest one does not; the others end early, or after their first epoch."""
     status, table, _ = check(TOY, ("    return losses[-1]", "    if len(losses) < 4:\n"

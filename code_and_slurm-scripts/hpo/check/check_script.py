@@ -22,6 +22,7 @@ that was not, something is not in its checkpoint (resuming.py; live.py names it)
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -165,6 +166,8 @@ def _its_end(bench: Bench, table: Table) -> bool:
         table.add("report", "MEND", f"{what}; trial.report(value, epoch), in this order")
     elif wrong := _wrong_step(bench):
         table.add("report", "MEND", f"{wrong}; trial.report(value, epoch): 0, 1, 2, …")
+    elif other := _another_value(ending):
+        table.add("report", "look", other)
     return True
 
 
@@ -179,6 +182,17 @@ def _ended(ending: Outcome, images: int) -> tuple[str, str]:
     if ending.state == TrialState.PRUNED:
         return "look", f"{text}; it raised TrialPruned, though should_prune() never said yes"
     return "look", f"{text}, with TRAIN_IMAGES={images}; its end takes long: not tried"
+
+
+def _another_value(ending: Outcome) -> str:
+    """Say so where a trial returns what it never reported: pruners compare something else then."""
+    reported = [value for _, value in ending.reports]
+    if not (ending.ended and reported) or len(ending.value) > 1:
+        return ""
+    if any(math.isclose(ending.value[0], value, rel_tol=1e-4) for value in reported):
+        return ""
+    last = f"the trial ends with {values(ending.value)}, its last report was {shown(reported[-1])}"
+    return f"{last}; pruners compare the reports: are both of one kind?"
 
 
 def _wrong_step(bench: Bench) -> str:

@@ -283,10 +283,10 @@ import signal, sys, time
 from hpo import drain
 drain.REPORT_SECONDS = drain.HARD_SECONDS = 0.5
 limit = drain.Drain(time.time() + 1)
-if sys.argv[1:]:  # a call that does not let Python react
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 try:
     with limit.interruptible():
+        if sys.argv[1:]:  # a call that does not let Python react
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         limit.watch_the_end()
         time.sleep(600)
 except drain.Drained:

@@ -174,33 +174,42 @@ def test_preflight_comes_before_the_workers_and_can_stop_the_job(job: Path) -> N
 
 
 def test_job_out_of_time_says_how_to_go_on_and_submits_its_successor(job: Path) -> None:
-    few = {"TOTAL_TRIALS": "400", "JOB_ENDS_IN": "125", "SLURM_NTASKS": "2"}
-    result = sbatch(job, **few)
+    result = sbatch(job, TOTAL_TRIALS="400", JOB_ENDS_IN="125", SLURM_NTASKS="2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "trials are left; this job finished" in result.stdout
     assert " TOTAL_TRIALS=400 TRAIN_IMAGES=1000 sbatch my-job.sh" in result.stdout
     assert "sbatch my-job.sh" in result.stdout
     record = job.parent.parent / "srun.log"
     assert "sbatch" not in record.read_text()  # nobody is billed by surprise
-    sbatch(job, **few, CHAIN_JOBS="2")
+    drained_after_a_trial(job, TOTAL_TRIALS="400", SLURM_NTASKS="2", CHAIN_JOBS="2")
     options = "--export=ALL --time=10:00 --nodes=2 --partition=small --ntasks=2 --cpus-per-task=40"
     assert f"sbatch {options} {job}/my-job.sh CHAIN_JOBS=1 TOTAL_TRIALS=400" in record.read_text()
 
 
-def test_signal_from_slurm_drains_the_workers(job: Path) -> None:
+def drained_after_a_trial(job: Path, **env: str) -> str:
+    """Run a job that Slurm tells to end as soon as a trial is complete; return what it prints."""
     spooled = job.parent.parent / "slurm_script"
     shutil.copy(job / "run-optuna-multinode_Turpan.sh", spooled)
-    env = {**os.environ, "TOTAL_TRIALS": "400", "SLURM_NTASKS": "1"}
-    shell = subprocess.Popen(
-        ["bash", str(spooled)], cwd=job, env=env, stdout=subprocess.PIPE, text=True
-    )
     log = job.parent / "logs" / "4711.0.out"
+    log.unlink(missing_ok=True)
+    shell = subprocess.Popen(
+        ["bash", str(spooled)],
+        cwd=job,
+        env={**os.environ, "JOB_ENDS_IN": "6000", **env},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     wait_for(lambda: log.exists() and "complete" in log.read_text())
     shell.send_signal(signal.SIGUSR1)  # to the batch shell alone, as --signal=B:USR1@90 does
     output, _ = shell.communicate(timeout=LIMIT)
     assert shell.returncode == 0, output
-    assert "trials are left; this job finished" in output
     assert "no further trial" in log.read_text()
+    return output
+
+
+def test_signal_from_slurm_drains_the_workers(job: Path) -> None:
+    output = drained_after_a_trial(job, TOTAL_TRIALS="400", SLURM_NTASKS="1")
+    assert "trials are left; this job finished" in output
     assert not list(job.glob(".drain*"))
 
 

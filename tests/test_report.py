@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from common import Run
 from fake_study import fill
 from hpo.settings import Settings, UserError
-from hpo.show import facts, page
+from hpo.show import facts, page, report
 from hpo.show.compare import compare
 from hpo.show.figures.chart import log_marks, wrapped
 from hpo.show.figures.distribution import shares
@@ -51,6 +51,12 @@ TWO = [
     "utilisation",
 ]
 TABLES = ["report.html", "trials-curves.csv", "trials.csv"]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw every picture, however slow the machine is."""
+    monkeypatch.setattr(report, "SECONDS", float("inf"))
 
 
 @pytest.fixture
@@ -177,6 +183,18 @@ def test_study_with_one_trial_says_what_it_cannot_draw(
     assert "not drawn: OverflowError: any error" in parts["slice"]
     assert 'id="plot-history"' in parts["history"]
     assert not (tmp_path / "r" / "contour.png").exists()
+
+
+def test_pictures_that_there_is_no_time_for_are_left_out(
+    study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job has little time left for its report; the tables and the rest of the page stay."""
+    monkeypatch.setattr(report, "SECONDS", 0.0)
+    fill(study, 12)
+    text = write_report(study, Settings.from_env(), tmp_path / "r").read_text()
+    assert text.count("not drawn: the pictures before it took 0 s") == len(ONE)
+    assert 'id="plot-' not in text
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == TABLES
 
 
 def test_page_of_a_study_without_a_result(study: optuna.Study, run: Run, tmp_path: Path) -> None:

@@ -325,6 +325,24 @@ def test_what_an_objective_queues_beyond_the_total_costs_nothing(tmp_path: Path)
     assert "what the objective queues is left out: The study has its 4 trials." in result.stdout
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_study_that_is_deleted_ends_its_worker_with_one_line(after: int, tmp_path: Path) -> None:
+    """By hand or in a dashboard: while a trial runs, and between two trials."""
+    body = f"""
+if trial.number == 1:
+    here = f"sqlite:///{{os.environ['STUDY_DB'][10:]}}", trial.study.study_name
+    delete = lambda *_: optuna.delete_study(storage=here[0], study_name=here[1])
+    tell = optuna.Study.tell
+    if {after}:
+        optuna.Study.tell = lambda *values: (tell(*values), delete())
+    else:
+        delete()"""
+    result = work(tmp_path, body)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "error: the study mnist_hpo was deleted while this worker ran" in result.stderr
+
+
 def test_a_step_that_no_database_can_hold_costs_that_trial_alone(tmp_path: Path) -> None:
     result = work(tmp_path, "if trial.number == 1:\n    trial.report(x, 2 ** 63)")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -48,7 +48,7 @@ from hpo.search.pruners import check_search
 from hpo.search.remembered import Plan, adopt_space, plan_of
 from hpo.settings import Settings, UserError, use
 from hpo.site import Patience, SiteFault, wait_inside
-from hpo.study.opening import create_or_open_study, stuck
+from hpo.study.opening import create_or_open_study, is_gone, stuck
 from hpo.study.optuna_private import storage_of, study_id, trial_id
 from hpo.study.serving.served import Leased
 from hpo.study.storage import NoTrialLeft
@@ -136,6 +136,11 @@ def _work(objective: Objective) -> int:
     except (SiteFault, StorageInternalError) as error:
         log.error("%s", error)
         return SITE_FAULT
+    except KeyError:
+        if not is_gone(study):
+            raise
+        name = settings.study_name
+        raise UserError(f"the study {name} was deleted while this worker ran") from None
 
 
 def _open(settings: Settings) -> optuna.Study:

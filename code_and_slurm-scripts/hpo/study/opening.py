@@ -30,7 +30,7 @@ from hpo.study.engines import EngineError
 from hpo.study.engines.postgresql import NoTables, PostgreSQL, ServerAway
 from hpo.study.engines.sqlite_errors import DiskFull, StudyBusy
 from hpo.study.engines.sqlite_file import StudyFile, create_study_file
-from hpo.study.optuna_private import storage_of
+from hpo.study.optuna_private import storage_of, study_id
 from hpo.study.serving.served import (
     Leased,
     ServedStorage,
@@ -114,6 +114,15 @@ def open_study(settings: Settings) -> Study:
     raise UserError(
         f"STUDY_NAME={settings.study_name!r} is not in {settings.shown_db}; studies there: {known}"
     )
+
+
+def is_gone(study: Study) -> bool:
+    """Whether somebody has deleted the study since it was opened."""
+    try:
+        storage_of(study).get_study_name_from_id(study_id(study))
+    except KeyError:
+        return True
+    return False
 
 
 def open_storage(settings: Settings, create: bool = False) -> BaseStorage:

@@ -1,6 +1,7 @@
 """What changes from epoch to epoch in a trial that runs, and is lost when the trial is interrupted.
 
-    seen = snapshot()         called from trial.report: what the functions above it hold
+    begin()                   before the trial
+    seen = snapshot(frame)    called from trial.report: what the functions above it hold
 
     scheduler                 schedulers, GradScalers, averaged models, whoever holds them
     loader's generator        generators of random numbers
@@ -61,11 +62,15 @@ def lost(
     }
 
 
-def snapshot(frame: FrameType, before: set[int]) -> dict[str, Seen]:
-    """Return what the functions that led to `frame` hold, and what else is alive, by name.
+def begin() -> None:
+    """Let `alive` see what is made from now on, and not the million objects of torch itself."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
-    `before` are the ids of objects that were there before the trial (`alive`).
-    """
+
+def snapshot(frame: FrameType) -> dict[str, Seen]:
+    """Return what the functions that led to `frame` hold, and what else the trial made, by name."""
     seen: dict[str, Seen] = {}
     names: dict[int, str] = {}
     for name, value in _variables(frame):
@@ -77,7 +82,7 @@ def snapshot(frame: FrameType, before: set[int]) -> dict[str, Seen]:
                 f"{name} ({type(value).__name__})", Seen(True, state, identity_of(value))
             )
     for value in alive():
-        state = _state(value) if id(value) not in before and id(value) not in names else None
+        state = _state(value) if id(value) not in names else None
         if state is not None:
             seen.setdefault(type(value).__name__, Seen(True, state, identity_of(value)))
     seen["Python's random numbers"] = Seen(True, _digest(random.getstate()))
@@ -95,7 +100,7 @@ def identity_of(value: Any) -> int:
 
 
 def alive() -> Iterator[Any]:
-    """Yield the schedulers, scalers, averaged models and generators that anybody holds."""
+    """Yield the schedulers, scalers, averaged models and generators that anybody has made."""
     if "torch" not in sys.modules:
         return
     wanted = _classes()

@@ -164,6 +164,7 @@ class ShortTrial:
         trial = self.study.ask()
         if len(self.study.directions) > 1:
             let_several_objectives_report(trial)
+        live.begin()
         begin = time.monotonic()
         _watch_reports(trial, outcome, pruner, begin)
         places: list[str] = []
@@ -199,7 +200,6 @@ def _placed(objective: Objective, places: list[str]) -> Objective:
 
 def _watch_reports(trial: optuna.Trial, outcome: Outcome, pruner: _Pruner, begin: float) -> None:
     report = trial.report
-    before = {id(value) for value in live.alive()}
     wanted: list[float] = []  # when it should have ended
     looking = 0.0  # seconds that the check itself has taken
     skipped = False
@@ -215,7 +215,7 @@ def _watch_reports(trial: optuna.Trial, outcome: Outcome, pruner: _Pruner, begin
         now = time.monotonic()
         outcome.times.append(now - begin - looking)
         if len(outcome.seen) < 2 or (looking < LOOKING and not skipped):
-            outcome.seen.append(live.snapshot(sys._getframe(1), before))
+            outcome.seen.append(live.snapshot(sys._getframe(1)))
         else:
             skipped = True  # of those there are, none may be missing in between
         looking += time.monotonic() - now

@@ -35,7 +35,7 @@ def own_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     forget()  # what an earlier test's process has read
     monkeypatch.setenv("STUDY_DB", f"sqlite:///{tmp_path}/study.db")
-    monkeypatch.setenv("TRAIN_IMAGES", "1000")
+    monkeypatch.setenv("TRAIN_IMAGES", "200")
     return tmp_path / "study.db"
 
 

@@ -17,6 +17,7 @@ from common import BUNDLE, SCRIPTS, Run
 __all__ = ["check"]
 STUDY = (BUNDLE / "tests" / "plain_training" / "my_study.py").read_text()
 DATA = ('"../data"', f'"{BUNDLE}/data"')
+FEW = ("range(50_000, 60_000)", "range(50_000, 50_200)")  # or a validation takes seconds
 BY_THE_CLOCK = ("\nif __name__", CLOCK)
 SLOW = "        clock.epoch({})\n        losses.append("
 
@@ -38,7 +39,7 @@ def test_the_example_passes(run: Run, own_study: Path) -> None:
 
 
 def test_a_script_with_a_data_loader(check: Checker) -> None:
-    status, table, _ = check(STUDY, DATA)
+    status, table, _ = check(STUDY, DATA, FEW)
     assert status == 0
     assert list(table) == ["one trial", "prune", "resume", "channels", "dropout", "lr", "epochs",
                            "time", "memory"]  # fmt: skip
@@ -49,7 +50,7 @@ def test_what_is_wrong_in_a_script_with_a_data_loader(check: Checker) -> None:
     unread = ('Net(config["channels"], config["dropout"])', 'Net(16, config["dropout"])')
     dead = ("nn.Dropout(dropout)", "nn.Dropout(0.1)")
     unsaved = ("        checkpoint.save(trial, model, optimizer, losses)\n", "")
-    status, table, _ = check(STUDY, DATA, unread, dead, unsaved)
+    status, table, _ = check(STUDY, DATA, FEW, unread, dead, unsaved)
     assert status == 1
     assert table["channels"].startswith("MEND suggested, but train_model never reads config[")
     assert re.match(r"look train_model reads it, but \S+ instead of 0 changes", table["dropout"])
@@ -299,7 +300,8 @@ def test_ctrl_c_ends_it_quietly(tmp_path: Path, own_study: Path) -> None:
 
 def test_a_trial_on_two_gpus(run: Run, tiny_pairs: Path) -> None:
     script = str(SCRIPTS / "optuna_t5.py")
-    of_two = {"GPUS_PER_TRIAL": "2", "OMP_NUM_THREADS": "1"}
+    fixed = "num_layers=1,num_heads=2,lr=0.005,dropout=0,warmup=0.1"  # each would be trials more
+    of_two = {"GPUS_PER_TRIAL": "2", "OMP_NUM_THREADS": "1", "FIX": fixed}
     result = run(PATIENT, script, "--check", PYTHONPATH=str(SCRIPTS), **of_two)
     print(result.stdout, result.stderr)
     table = rows(result.stdout)

@@ -87,6 +87,16 @@ def job(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return bundle / "code_and_slurm-scripts"
 
 
+@pytest.fixture
+def without_torch(job: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let the job run a script that is imported in a second; return its path."""
+    script = job / "my.py"
+    whole = SCRIPT.replace("trial.number == 0 and", "False and")  # no worker dies
+    script.write_text(whole.replace("time.sleep(0.1)", "time.sleep(1)"))
+    monkeypatch.setenv("PY_SCRIPT", "my.py")
+    return script
+
+
 def sbatch(job: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the batch script as Slurm does: a copy of it, from the folder of the submission."""
     spooled = job.parent.parent / "slurm_script"
@@ -119,7 +129,7 @@ def test_four_workers_run_the_study_and_the_log_ends_with_the_best_model(job: Pa
     assert "--export=ALL --ntasks=4 --cpus-per-task=40 --kill-on-bad-exit=0 --wait=0" in call
 
 
-def test_submitted_from_the_folder_above(job: Path) -> None:
+def test_submitted_from_the_folder_above(job: Path, without_torch: Path) -> None:
     result = sbatch(job, SLURM_SUBMIT_DIR=str(job.parent), TOTAL_TRIALS="1", SLURM_NTASKS="1")
     assert result.returncode == 0, result.stdout + result.stderr
     assert (job / "study.db").exists()
@@ -159,7 +169,9 @@ def test_wrong_setting_ends_the_job_before_the_workers(job: Path) -> None:
     assert not (job.parent.parent / "srun.log").exists()
 
 
-def test_preflight_comes_before_the_workers_and_can_stop_the_job(job: Path) -> None:
+def test_preflight_comes_before_the_workers_and_can_stop_the_job(
+    job: Path, without_torch: Path
+) -> None:
     result = sbatch(job, TOTAL_TRIALS="1", PRUNER="none")
     assert "✓ SQLite    100 of 100 increments by 4 tasks arrived" in result.stdout
     assert "The study is complete." in result.stdout
@@ -173,11 +185,13 @@ def test_preflight_comes_before_the_workers_and_can_stop_the_job(job: Path) -> N
     assert (job.parent.parent / "srun.log.late").read_text() == "called\n"
 
 
-def test_job_out_of_time_says_how_to_go_on_and_submits_its_successor(job: Path) -> None:
+def test_job_out_of_time_says_how_to_go_on_and_submits_its_successor(
+    job: Path, without_torch: Path
+) -> None:
     result = sbatch(job, TOTAL_TRIALS="400", JOB_ENDS_IN="125", SLURM_NTASKS="2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "trials are left; this job finished" in result.stdout
-    assert " TOTAL_TRIALS=400 TRAIN_IMAGES=1000 sbatch my-job.sh" in result.stdout
+    assert " TOTAL_TRIALS=400 PY_SCRIPT=my.py TRAIN_IMAGES=200 sbatch my-job.sh" in result.stdout
     assert "sbatch my-job.sh" in result.stdout
     record = job.parent.parent / "srun.log"
     assert "sbatch" not in record.read_text()  # nobody is billed by surprise
@@ -207,13 +221,15 @@ def drained_after_a_trial(job: Path, **env: str) -> str:
     return output
 
 
-def test_signal_from_slurm_drains_the_workers(job: Path) -> None:
+def test_signal_from_slurm_drains_the_workers(job: Path, without_torch: Path) -> None:
     output = drained_after_a_trial(job, TOTAL_TRIALS="400", SLURM_NTASKS="1")
     assert "trials are left; this job finished" in output
     assert not list(job.glob(".drain*"))
 
 
-def test_no_successor_without_progress_or_after_the_last_trial(job: Path) -> None:
+def test_no_successor_without_progress_or_after_the_last_trial(
+    job: Path, without_torch: Path
+) -> None:
     result = sbatch(job, CHAIN_JOBS="2", JOB_ENDS_IN="60", SLURM_NTASKS="1")
     assert "No successor is submitted" in result.stdout
     result = sbatch(job, CHAIN_JOBS="2", TOTAL_TRIALS="1", SLURM_NTASKS="1", PRUNER="none")
@@ -291,7 +307,7 @@ def test_local_study_runs_and_goes_on_with_more_trials(local: Path) -> None:
         assert f"{total} trials: {total} complete" in result.stdout.replace(f"{total} of ", "")
         assert "best_params" in result.stdout
         assert "test accuracy" in result.stdout
-        more = f"PRUNER=none TRAIN_IMAGES=1000 TOTAL_TRIALS={2 * int(total)}"  # all that was given
+        more = f"PRUNER=none TRAIN_IMAGES=200 TOTAL_TRIALS={2 * int(total)}"  # all that was given
         assert f"{more} bash run-optuna-local.sh" in result.stdout
     assert len(states(local)) == 4
 

@@ -314,7 +314,7 @@ def test_study_from_start_to_export(tiny_pairs: Path, run: Run, tmp_path: Path) 
     refused = run("optuna_t5.py", **names, SMALL="")
     assert refused.returncode == 2
     assert (
-        f"SMALL=1 DATA={os.path.relpath(tiny_pairs, SCRIPTS)} TRAIN_IMAGES=1000; give"
+        f"SMALL=1 DATA={os.path.relpath(tiny_pairs, SCRIPTS)} TRAIN_IMAGES=200; give"
         in refused.stderr
     )
 

@@ -324,7 +324,7 @@ def test_settings_show_no_password(study: optuna.Study, monkeypatch: pytest.Monk
     rows = facts.settings_of(study, replace(Settings.from_env(), study_db=url))
     assert rows["STUDY_DB"] == "postgresql+psycopg2://me:***@host/db"
     assert (rows["SAMPLER"], rows["TOTAL_TRIALS"]) == ("tpe:n_startup_trials=20", "42")
-    assert rows["TRAIN_IMAGES"] == "1000"
+    assert rows["TRAIN_IMAGES"] == "200"
     assert rows["versions"].startswith("Python 3.")
 
 
@@ -376,7 +376,7 @@ def test_two_studies_side_by_side(study: optuna.Study, monkeypatch: pytest.Monke
     fill(other, 12)
     settings = Settings.from_env(STUDY_NAME="other")
     text = compare(["mnist_hpo", "other"], settings).read_text()
-    assert '<tr class="different"><td>TRAIN_IMAGES</td><td>1000</td><td>2000</td></tr>' in text
+    assert '<tr class="different"><td>TRAIN_IMAGES</td><td>200</td><td>2000</td></tr>' in text
     assert "<tr><td>finished</td><td>24 of 500</td><td>12 of 500</td></tr>" in text
     assert "not drawn" not in text
     for names, why in ((["other"], "takes 2"), (["other", "up"], "maximize"), (["x", "up"], "'x'")):

@@ -461,11 +461,10 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
     one that never was, to the last bit.  What sbatch is given holds for all jobs, and all tasks.
     """
     start = time.monotonic()
-    # Too long for one job on the fastest machine, and for a few more only on a slow one; but for
-    # one epoch, which would never end.
+    # Too long for one job on any machine, for one epoch would never end; few jobs on a slow one.
     seconds = 'open("long", "w") and 600 if not trial.number and not os.path.exists("long") else 6'
     bundle.insert(f"import os, time; time.sleep({seconds})", before="loss, _ = evaluate(")
-    settings = {"TOTAL_TRIALS": "18", "TRAIN_IMAGES": "2000", "PRUNER": "none"}
+    settings = {"TOTAL_TRIALS": "9", "TRAIN_IMAGES": "2000", "PRUNER": "none"}
     given = {**QUICK, **settings, "CHAIN_JOBS": "99"}
     export = "--export=" + ",".join(f"{name}={value}" for name, value in given.items())
     jobs = [bundle.submit("--time=3", "--mem=100G", "--exclude=n3", export)]
@@ -487,7 +486,7 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
         assert (has["ExcNodeList"], has["NumNodes"]) == ("n3", "2"), has
         bundle.finish(jobs[-1])
     assert "Submitted" not in bundle.log(jobs[-1])
-    bundle.done(f"time limit, chain of {len(jobs)} jobs", jobs, start, total=18)
+    bundle.done(f"time limit, chain of {len(jobs)} jobs", jobs, start, total=9)
 
     logs = "".join(bundle.log(job, worker) for job in jobs for worker in bundle.workers(job))
     returned = sorted({int(n) for n in re.findall(r"trial (\d+) back to the queue", logs)})

@@ -7,12 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import pytest
 
 from checked import CLOCK, PATIENT, TOY, Checker, check, rows
 from common import BUNDLE, SCRIPTS, Run
+from hpo.check import short_trial
+from hpo.drain import Drained
 
 __all__ = ["check"]
 STUDY = (BUNDLE / "tests" / "plain_training" / "my_study.py").read_text()
@@ -296,6 +300,22 @@ def test_ctrl_c_ends_it_quietly(tmp_path: Path, own_study: Path) -> None:
     assert (process.returncode, rest) == (130, "interrupted\n")
     assert not list((tmp_path / "tmp").iterdir())
     assert not own_study.exists()
+
+
+def test_an_interruption_where_python_ignores_it_comes_again() -> None:
+    class Victim:
+        pass
+
+    def trial() -> None:
+        victim = Victim()
+        _ref = weakref.ref(victim, lambda _: time.sleep(60))
+        del victim  # what is raised in this sleep leaves it, and no more
+        time.sleep(60)
+
+    outcome = short_trial.Outcome()
+    with pytest.raises(Drained), short_trial._time_limit(0.2, outcome):
+        trial()
+    assert outcome.late
 
 
 def test_a_trial_on_two_gpus(run: Run, tiny_pairs: Path) -> None:

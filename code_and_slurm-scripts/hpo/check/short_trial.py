@@ -237,12 +237,22 @@ def _waited(wanted: list[float]) -> bool:
 
 @contextmanager
 def _time_limit(seconds: float, outcome: Outcome) -> Iterator[None]:
-    """Interrupt the trial that runs in this block when its time is over."""
+    """Interrupt the trial that runs in this block when its time is over.
+
+    Again, where Python ignores what is raised: in a __del__, or what a weak reference calls.
+    """
 
     def stop(signum: int, frame: FrameType | None) -> None:
         outcome.late = True
         raise Drained
 
+    def ignored(what: sys.UnraisableHookArgs) -> None:
+        if isinstance(what.exc_value, Drained):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        else:
+            hook(what)
+
+    hook, sys.unraisablehook = sys.unraisablehook, ignored
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds if seconds < math.inf else 0)
     try:
@@ -250,6 +260,7 @@ def _time_limit(seconds: float, outcome: Outcome) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        sys.unraisablehook = hook
 
 
 @contextmanager

@@ -36,7 +36,7 @@ FINISHED = ("COMPLETE", "PRUNED", "FAIL")
 # a dead worker held is free again after 15 s.
 QUICK = {
     "TOTAL_TRIALS": "12",
-    "TRAIN_IMAGES": "1000",
+    "TRAIN_IMAGES": "200",
     "OMP_NUM_THREADS": "1",
     "LEASE_GRACE": "15",
 }

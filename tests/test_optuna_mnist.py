@@ -60,7 +60,8 @@ def test_every_value_reaches_the_net(kernel: int) -> None:
     assert net(torch.zeros(5, 1, 28, 28)).shape == (5, 10)
 
 
-def test_train_model_without_optuna_learns() -> None:
+def test_train_model_without_optuna_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAIN_IMAGES", "1000")
     config = {**SMALL, "num_classes": 10}
     first, last = (optuna_mnist.train_model({**config, "epochs": epochs}) for epochs in (1, 8))
     assert last < 0.7 * first

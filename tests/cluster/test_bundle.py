@@ -36,7 +36,7 @@ FINISHED = ("COMPLETE", "PRUNED", "FAIL")
 # a dead worker held is free again after 15 s.
 QUICK = {
     "TOTAL_TRIALS": "12",
-    "TRAIN_IMAGES": "200",
+    "TRAIN_IMAGES": "1000",
     "OMP_NUM_THREADS": "1",
     "LEASE_GRACE": "15",
 }
@@ -461,10 +461,11 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
     one that never was, to the last bit.  What sbatch is given holds for all jobs, and all tasks.
     """
     start = time.monotonic()
-    # Too long for one job on any machine, for one epoch would never end; few jobs on a slow one.
+    # Too long for one job on the fastest machine, and for a few more only on a slow one; but for
+    # one epoch, which would never end.
     seconds = 'open("long", "w") and 600 if not trial.number and not os.path.exists("long") else 6'
     bundle.insert(f"import os, time; time.sleep({seconds})", before="loss, _ = evaluate(")
-    settings = {"TOTAL_TRIALS": "9", "TRAIN_IMAGES": "2000", "PRUNER": "none"}
+    settings = {"TOTAL_TRIALS": "18", "TRAIN_IMAGES": "2000", "PRUNER": "none"}
     given = {**QUICK, **settings, "CHAIN_JOBS": "99"}
     export = "--export=" + ",".join(f"{name}={value}" for name, value in given.items())
     jobs = [bundle.submit("--time=3", "--mem=100G", "--exclude=n3", export)]
@@ -486,7 +487,7 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
         assert (has["ExcNodeList"], has["NumNodes"]) == ("n3", "2"), has
         bundle.finish(jobs[-1])
     assert "Submitted" not in bundle.log(jobs[-1])
-    bundle.done(f"time limit, chain of {len(jobs)} jobs", jobs, start, total=9)
+    bundle.done(f"time limit, chain of {len(jobs)} jobs", jobs, start, total=18)
 
     logs = "".join(bundle.log(job, worker) for job in jobs for worker in bundle.workers(job))
     returned = sorted({int(n) for n in re.findall(r"trial (\d+) back to the queue", logs)})

@@ -1,6 +1,6 @@
 """The kill storm: 1 000 SIGKILLs of random workers at random moments over a 500-trial study.
 
-    pytest tests/test_storm.py -s                       ours alone, 200 over 100 trials, asserted
+    pytest tests/test_storm.py -s                       ours alone, with the counts asserted
     python tests/benchmarks/storage_kill_storm.py       ours and stock Optuna with heartbeat and
                                                         retry, and the table of both
 

@@ -16,7 +16,7 @@ source code_and_slurm-scripts/hpo/job/venv.sh
 
 # What depends on the versions of Python, torch or the packages; all else is the same with both.
 of_versions=(tests/test_{capture,checkpoint,ddp,gpu,huggingface,optuna_llm,optuna_mnist}.py
-    tests/test_{optuna_t5,plain_training,saving,script,settings,space,sqlite_storage,training,worker}.py
+    tests/test_{optuna_t5,plain_training,report,saving,script,settings,space,sqlite_storage,training,worker}.py
     tests/test_check_script.py::test_the_example_passes)
 # Four files beside each other, also on two cores: most tests wait for processes.  In the order of
 # their names, for the long ones are not those with the most tests.

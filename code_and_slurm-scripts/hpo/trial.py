@@ -257,12 +257,17 @@ def free_memory() -> None:
 
 def spare_the_old() -> None:
     """After the first trial, and every 100: later collections skip what it has imported, 0.1 s each
-    with torch, and finished trials.  What is garbage by then goes first.
+    with torch, and finished trials.
     """
     if next(_ended) % 100 == 0:
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()
+        freeze_all()
+
+
+def freeze_all() -> None:
+    """Hide all that is there from gc's later calls; what is garbage by then goes first."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 _ended = itertools.count()

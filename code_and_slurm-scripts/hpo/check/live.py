@@ -1,6 +1,5 @@
 """What changes from epoch to epoch in a trial that runs, and is lost when the trial is interrupted.
 
-    begin()                   before the trial
     seen = snapshot(frame)    called from trial.report: what the functions above it hold
 
     scheduler                 schedulers, GradScalers, averaged models, whoever holds them
@@ -62,13 +61,6 @@ def lost(
     }
 
 
-def begin() -> None:
-    """Let `alive` see what is made from now on, and not the million objects of torch itself."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
-
-
 def snapshot(frame: FrameType) -> dict[str, Seen]:
     """Return what the functions that led to `frame` hold, and what else the trial made, by name."""
     seen: dict[str, Seen] = {}
@@ -100,7 +92,7 @@ def identity_of(value: Any) -> int:
 
 
 def alive() -> Iterator[Any]:
-    """Yield the schedulers, scalers, averaged models and generators that anybody has made."""
+    """Yield the schedulers, scalers, averaged models and generators made since gc's last freeze."""
     if "torch" not in sys.modules:
         return
     wanted = _classes()

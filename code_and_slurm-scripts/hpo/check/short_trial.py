@@ -35,7 +35,7 @@ from hpo.drain import Drain, Drained
 from hpo.script import Script
 from hpo.settings import Settings, use
 from hpo.study.opening import create_or_open_study
-from hpo.trial import Objective, let_several_objectives_report, run_trial
+from hpo.trial import Objective, freeze_all, let_several_objectives_report, run_trial
 from hpo.words import place_of
 
 Reports: TypeAlias = "list[tuple[int, float]]"  # step, value
@@ -164,7 +164,7 @@ class ShortTrial:
         trial = self.study.ask()
         if len(self.study.directions) > 1:
             let_several_objectives_report(trial)
-        live.begin()
+        freeze_all()  # then live.alive looks at what this trial makes, not at all of torch
         begin = time.monotonic()
         _watch_reports(trial, outcome, pruner, begin)
         places: list[str] = []

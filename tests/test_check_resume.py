@@ -52,6 +52,19 @@ def test_what_no_checkpoint_holds_is_named(
     assert table["resume"].endswith(f"not in its checkpoint: {named}")
 
 
+def test_what_earlier_trials_have_left_alive_hides_nothing(check: Checker) -> None:
+    """As by a library that keeps all schedulers in a list: gc's objects begin with the oldest."""
+    kept = f'{STEP.format(3)}\nkept = torch.__dict__.setdefault("kept", [])\nkept.append(scheduler)'
+    places = {
+        "before": f"{kept}\ndel scheduler",
+        "after": "kept[-1].step()\nimport gc\ngc.collect()",
+    }
+    status, table, _ = check(NET, *lines(**places))
+    assert status == 1
+    assert table["resume"].startswith("MEND ")
+    assert table["resume"].endswith("not in its checkpoint: StepLR")
+
+
 def test_what_a_process_keeps_is_no_checkpoint(check: Checker) -> None:
     """The check's resumed trial runs in the same process; in a study, in another one."""
     step = ("def train_model", "STEP = 0\ndef train_model")

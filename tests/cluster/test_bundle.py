@@ -36,7 +36,7 @@ FINISHED = ("COMPLETE", "PRUNED", "FAIL")
 # a dead worker held is free again after 15 s.
 QUICK = {
     "TOTAL_TRIALS": "12",
-    "TRAIN_IMAGES": "1000",
+    "TRAIN_IMAGES": "200",
     "OMP_NUM_THREADS": "1",
     "LEASE_GRACE": "15",
 }
@@ -461,14 +461,14 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
     one that never was, to the last bit.  What sbatch is given holds for all jobs, and all tasks.
     """
     start = time.monotonic()
-    # Too long for one job on the fastest machine, and for a few more only on a slow one; but for
-    # one epoch, which would never end.
+    # Too long for one job on any machine, since one epoch would never end; and four minutes are
+    # enough for a slow one to be in that epoch when they are over.
     seconds = 'open("long", "w") and 600 if not trial.number and not os.path.exists("long") else 6'
     bundle.insert(f"import os, time; time.sleep({seconds})", before="loss, _ = evaluate(")
-    settings = {"TOTAL_TRIALS": "18", "TRAIN_IMAGES": "2000", "PRUNER": "none"}
+    settings = {"TOTAL_TRIALS": "9", "TRAIN_IMAGES": "2000", "PRUNER": "none"}
     given = {**QUICK, **settings, "CHAIN_JOBS": "99"}
     export = "--export=" + ",".join(f"{name}={value}" for name, value in given.items())
-    jobs = [bundle.submit("--time=3", "--mem=100G", "--exclude=n3", export)]
+    jobs = [bundle.submit("--time=4", "--mem=100G", "--exclude=n3", export)]
     bundle.finish(jobs[0])
     first = "".join(bundle.log(jobs[0], worker) for worker in range(4))
     assert "the job ends in 45 s: the running epoch is interrupted" in first, first
@@ -483,11 +483,11 @@ def test_deadline_and_chain(bundle: Bundle) -> None:
         assert found, bundle.log(jobs[-1])
         jobs.append(int(found[1]))
         has = bundle.cluster.job(jobs[-1])  # as the first
-        assert (has["TimeLimit"], has["MinMemoryNode"]) == ("00:03:00", "100G")
+        assert (has["TimeLimit"], has["MinMemoryNode"]) == ("00:04:00", "100G")
         assert (has["ExcNodeList"], has["NumNodes"]) == ("n3", "2"), has
         bundle.finish(jobs[-1])
     assert "Submitted" not in bundle.log(jobs[-1])
-    bundle.done(f"time limit, chain of {len(jobs)} jobs", jobs, start, total=18)
+    bundle.done(f"time limit, chain of {len(jobs)} jobs", jobs, start, total=9)
 
     logs = "".join(bundle.log(job, worker) for job in jobs for worker in bundle.workers(job))
     returned = sorted({int(n) for n in re.findall(r"trial (\d+) back to the queue", logs)})

@@ -42,6 +42,7 @@ case $environment in
         ;;
 esac
 
+unset PYTHONDONTWRITEBYTECODE # or each of a thousand processes compiles the bundle anew
 status=0
 for each in "${environments[@]}"; do
     venv=.venv group=run
@@ -50,8 +51,6 @@ for each in "${environments[@]}"; do
     fi
     make_venv "$venv" "$group"
     make_venv "$venv" test
-    # Once, and not in each of a thousand processes, where Python may write no bytecode.
-    "$venv/bin/python" -m compileall -q code_and_slurm-scripts/hpo
     bin=$PWD/$venv/bin
     if [[ $environment == new ]]; then # the linters see the same files in both
         # Not by git: the tests also run in an unpacked archive.

@@ -260,12 +260,15 @@ def spare_the_old() -> None:
     with torch, and finished trials.
     """
     if next(_ended) % 100 == 0:
+        gc.unfreeze()  # what has become garbage since goes
         freeze_all()
 
 
 def freeze_all() -> None:
-    """Hide all that is there from gc's later calls; what is garbage by then goes first."""
-    gc.unfreeze()
+    """Hide all that is there from gc's later calls; what is garbage by then goes first.
+
+    What is hidden already is not looked at again.
+    """
     gc.collect()
     gc.freeze()
 

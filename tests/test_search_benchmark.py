@@ -14,7 +14,7 @@ import pytest
 import search
 import search_finals
 from search_problems import NAMES, TABLE
-from search_simulator import simulate
+from search_simulator import FLOOR, simulate
 
 
 class Bowl:
@@ -35,6 +35,9 @@ class Bowl:
 
     def truth(self, config: Mapping[str, Any]) -> float:
         return float(sum((value - 0.3) ** 2 for value in config.values()))
+
+    def known(self) -> list[dict[str, Any]]:
+        return [{"a": 0.3, "b": 0.3}]
 
 
 def test_study_costs_its_budget_and_finds_the_best_of_what_it_has_trained() -> None:
@@ -61,6 +64,11 @@ def test_pruned_trials_leave_their_epochs_to_others() -> None:
     # Two epochs of five at least: the first rung is at step 1.
     assert 24 < len(trained["old"]) < 50 + 4
     assert 24 < len(trained["new"]) < 50 + 4
+
+
+def test_study_begins_with_what_is_known() -> None:
+    assert simulate(Bowl(), {**search.RANDOM, "KNOWN": "1"}, 1, 5, seed=1) == [math.log(FLOOR)] * 5
+    assert simulate(Bowl(), search.RANDOM, 1, 5, seed=1)[0] > math.log(FLOOR)
 
 
 def test_speed_up_is_the_ratio_of_what_both_need_for_the_same(

@@ -56,7 +56,9 @@ METHODS = {
     "new, median": {**NEW, "PRUNER": "median"},
     "new": NEW,
     "new, finals": {**NEW, "FINAL_SEEDS": "3"},  # paid out of the same budget
+    "new, known": {**NEW, "KNOWN": "1"},  # known_good(), or FROM_STUDY (search_problems.py)
 }
+SPLIT = ("old, halving", "new, median")  # which part of new it is
 RESAMPLINGS = 2000
 ROW = "    {:<13}{:>6}{:>15}{:>15}   {:<17}{:<17}"
 
@@ -166,7 +168,7 @@ def parts(seeds: int, workers: Sequence[int], folder: str) -> Iterable[Part]:
     """Yield what is measured: first what was chosen by, then what confirms it on other seeds."""
     fresh = range(CONFIRM, CONFIRM + seeds)
     few = fresh[: max(1, seeds // 10)]
-    confirms = {name: METHODS[name] for name in ("random", "old", "new", "new, finals")}
+    confirms = {name: METHODS[name] for name in METHODS if name not in SPLIT}
     if folder:
         names = lcbench_names(folder)
         for number in workers:

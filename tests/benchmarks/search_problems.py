@@ -23,9 +23,11 @@ from typing import Any, ClassVar
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from search_simulator import Problem
 
-from hpo.search.space import value_at
+from hpo.search.space import Space, value_at
+from hpo.settings import FINALISTS
 
 Array = NDArray[np.float64]
 _LCBENCH_NAME = "OpenML_task_id"  # what the surrogate calls a data set
@@ -33,6 +35,7 @@ TABLE = Path(__file__).with_name("search-mnist.csv")
 NAMES = ("lr", "batch_size", "conv1_channels", "conv2_channels", "kernel1", "kernel2", "fc_dim")
 LOWEST = np.array([1e-4, 16, 8, 16, 3, 3, 64])
 HIGHEST = np.array([5e-3, 128, 64, 128, 7, 7, 512])
+TRIED = 500  # random configurations of another data set
 RATES = 48  # learning rates at which the lowest loss is looked for
 
 
@@ -109,6 +112,12 @@ class Mnist:
         """Return the expected loss after the last epoch."""
         return math.exp(self._expected(config)[-1])
 
+    def known(self) -> list[dict[str, Any]]:
+        """Return what the script itself begins with."""
+        import optuna_mnist
+
+        return optuna_mnist.known_good()
+
 
 def _matern(a: Array, b: Array, lengths: Array) -> Array:
     """Return the kernel between points (n, 7) and (m, 7): (n, m); its height is lengths[-1]."""
@@ -161,7 +170,7 @@ class Table:
 
     def __init__(self, kind: type[Any], name: str) -> None:
         bench = kind(name)
-        self.name = name
+        self.name, self._kind = name, kind
         self._choices: dict[str, list[Any]] = kind.search_space
         sign = -1.0 if bench.directions[bench.metric_names[0]] == "maximize" else 1.0
         # The package has no public way to ask for all seeds of a row.
@@ -187,6 +196,24 @@ class Table:
     def truth(self, config: Mapping[str, Any]) -> float:
         """Return the mean of its seeds."""
         return float(self._row(config).mean())
+
+    def known(self) -> list[dict[str, Any]]:
+        """Return what did best on the package's next data set (`best_of_random`)."""
+        other = table(_next(self._kind.available_dataset_names, self.name))
+        space: Space = {n: CategoricalDistribution(these) for n, these in self._choices.items()}
+        return best_of_random(other, space)
+
+
+def _next(names: Sequence[str], name: str) -> str:
+    return names[(names.index(name) + 1) % len(names)]
+
+
+def best_of_random(problem: Problem, space: Space) -> list[dict[str, Any]]:
+    """Return the best five of TRIED random configurations, as FROM_STUDY takes them."""
+    rng = np.random.default_rng(0)
+    tried = [{name: value_at(d, rng.random()) for name, d in space.items()} for _ in range(TRIED)]
+    values = [problem.curve(config, rng)[-1] for config in tried]
+    return [tried[place] for place in np.argsort(values)[:FINALISTS]]
 
 
 def table_names() -> list[str]:
@@ -216,7 +243,7 @@ class Lcbench:
 
     full = 13
     NOISE = 0.004
-    SPACE: ClassVar[dict[str, IntDistribution | FloatDistribution]] = {
+    SPACE: ClassVar[Space] = {
         "batch_size": IntDistribution(16, 512, log=True),
         "learning_rate": FloatDistribution(1e-4, 0.1, log=True),
         "momentum": FloatDistribution(0.1, 0.99),
@@ -230,7 +257,7 @@ class Lcbench:
         runtime = importlib.import_module("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.name = name
+        self.name, self._folder = name, folder
         self._session = runtime.InferenceSession(str(folder / "model.onnx"), options)
         self._code = json.loads((folder / "encoding.json").read_text())[_LCBENCH_NAME][name]
         at = np.random.default_rng(0).random((20_000, len(self.SPACE)))
@@ -254,6 +281,7 @@ class Lcbench:
             if isinstance(d, IntDistribution)
             else trial.suggest_float(name, d.low, d.high, log=d.log)
             for name, d in self.SPACE.items()
+            if isinstance(d, IntDistribution | FloatDistribution)
         }
 
     def _expected(self, config: Mapping[str, Any]) -> Array:
@@ -267,6 +295,12 @@ class Lcbench:
     def truth(self, config: Mapping[str, Any]) -> float:
         """Return the expected error after the last epoch."""
         return float(self._expected(config)[-1])
+
+    def known(self) -> list[dict[str, Any]]:
+        """Return what did best on the next data set (`best_of_random`)."""
+        names = lcbench_names(str(self._folder))
+        following = _next(names, str(self._folder.absolute() / self.name))
+        return best_of_random(lcbench(following), self.SPACE)
 
 
 def lcbench_names(folder: str) -> list[str]:

@@ -43,6 +43,9 @@ class Problem(Protocol):
     def truth(self, config: Mapping[str, Any]) -> float:
         """Return the value after the last epoch without noise."""
 
+    def known(self) -> list[dict[str, Any]]:
+        """Return parameters that a user may know to do well."""
+
 
 @dataclass
 class _Running:
@@ -69,7 +72,8 @@ def simulate(
 
     Args:
         problem: what is minimised.
-        method: settings as in the environment, such as SAMPLER, PRUNER and FINAL_SEEDS.
+        method: settings as in the environment, such as SAMPLER, PRUNER and FINAL_SEEDS; with KNOWN
+            the study begins with what the problem says is known.
         workers: that share the study.
         budget: in full trainings, over all workers.
         seed: of the samplers and of the noise; the same one pairs the runs of two methods.
@@ -122,6 +126,8 @@ def complete_trials(
     settings = Settings.from_env(**method)
     samplers = [make_sampler(settings, sampler_seed(seed, rank, 0)) for rank in range(workers)]
     study = optuna.create_study(pruner=make_pruner(settings))
+    for params in problem.known() if "KNOWN" in method else ():
+        study.enqueue_trial(params)
     queue: list[tuple[float, int, _Running | None]] = [(0.0, rank, None) for rank in range(workers)]
     done: list[Done] = []
     spent = 0

@@ -89,7 +89,7 @@ def test_speed_up_is_the_ratio_of_what_both_need_for_the_same(
     assert low < 2 < high
     assert search.difference(noisy, slow)[1] == pytest.approx(1 / math.sqrt(10), rel=0.5)
     lines = search.shown("title", {"random": slow, "old": slow, "new": fast}).splitlines()
-    assert lines[-1].endswith("  2.0 (2.0 … 2.0)  2.0 (2.0 … 2.0)")
+    assert lines[-1].endswith("  2.0 (2.0 … 2.0)    2.0 (2.0 … 2.0)")
     # After half the budget it is where the other is after all of it.
     assert lines[-1].split()[:8] == ["new", "0.005", "-0.69", "±", "0.00", "+0.00", "±", "0.00"]
 

@@ -60,7 +60,7 @@ METHODS = {
 }
 SPLIT = ("old, halving", "new, median")  # which part of new it is
 RESAMPLINGS = 2000
-ROW = "    {:<13}{:>6}{:>15}{:>15}   {:<17}{:<17}"
+ROW = "    {:<13}{:>6}{:>15}{:>15}   {:<19}{:<17}"
 
 
 class Part(NamedTuple):

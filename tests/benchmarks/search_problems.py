@@ -254,11 +254,8 @@ class Lcbench:
     }
 
     def __init__(self, folder: Path, name: str) -> None:
-        runtime = importlib.import_module("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = 1
         self.name, self._folder = name, folder
-        self._session = runtime.InferenceSession(str(folder / "model.onnx"), options)
+        self._session = _session(folder)
         self._code = json.loads((folder / "encoding.json").read_text())[_LCBENCH_NAME][name]
         at = np.random.default_rng(0).random((20_000, len(self.SPACE)))
         random = [
@@ -301,6 +298,15 @@ class Lcbench:
         names = lcbench_names(str(self._folder))
         following = _next(names, str(self._folder.absolute() / self.name))
         return best_of_random(lcbench(following), self.SPACE)
+
+
+@cache
+def _session(folder: Path) -> Any:
+    """Return the surrogate, for all data sets: each keeps a quarter of a gigabyte."""
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return runtime.InferenceSession(str(folder / "model.onnx"), options)
 
 
 def lcbench_names(folder: str) -> list[str]:

@@ -13,6 +13,7 @@ import optuna
 import pytest
 import search
 import search_finals
+import search_peers
 from search_problems import NAMES, TABLE
 from search_simulator import FLOOR, simulate
 
@@ -64,6 +65,31 @@ def test_pruned_trials_leave_their_epochs_to_others() -> None:
     # Two epochs of five at least: the first rung is at step 1.
     assert 24 < len(trained["old"]) < 50 + 4
     assert 24 < len(trained["new"]) < 50 + 4
+
+
+def test_a_peer_decides_what_is_trained_and_for_how_long() -> None:
+    class Peer:
+        """Trains the first to its end and all others once."""
+
+        def __init__(self) -> None:
+            self.reports: Counter[int] = Counter()
+
+        def ask(self, number: int) -> search_peers.Job:
+            config = {"a": 0.3, "b": 0.3} if number else {"b": 0.0, "a": 0.0}
+            return search_peers.Job(number, config, until=1 if number else 5, token=None)
+
+        def goes_on(self, job: search_peers.Job, value: float) -> bool:
+            self.reports[job.number] += 1
+            return job.reported < job.until
+
+    space: dict[str, Any] = dict.fromkeys("ab", optuna.distributions.FloatDistribution(0, 1))
+    peer = Peer()
+    done = search_peers.trained_to_the_end(peer, Bowl(), space, workers=2, budget=4, seed=1)
+    assert [(trial.number, trial.config) for trial in done] == [(0, {"a": 0.0, "b": 0.0})]
+    assert list(done[0].config) == ["a", "b"]  # in the order of the space
+    assert peer.reports.total() == 4 * Bowl.full
+    assert set(peer.reports.values()) == {1, 5}
+    assert len(peer.reports) == 1 + 15
 
 
 def test_study_begins_with_what_is_known() -> None:

@@ -28,7 +28,7 @@ import sysconfig
 import tempfile
 import time
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -62,13 +62,13 @@ for lr in RATES[int(os.environ["WORKER_RANK"])::2]:
 """
 
 
-def make_ray(folder: Path) -> str:
-    """Install Ray Tune beside this environment's packages; return its Python."""
+def make_beside(folder: Path, packages: Sequence[str]) -> str:
+    """Install packages beside this environment's; return the Python that has both."""
     venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", RAY], check=True)
-    packages = next((folder / "lib").glob("python*/site-packages"))
-    (packages / "beside.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    place = next((folder / "lib").glob("python*/site-packages"))
+    (place / "beside.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return python
 
 
@@ -147,7 +147,7 @@ def main() -> None:
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SCRIPTS}:{HERE}"}
     with tempfile.TemporaryDirectory() as name:
-        python = make_ray(Path(name) / "ray")
+        python = make_beside(Path(name) / "ray", [RAY])
         for images in IMAGES:
             compare(
                 python,

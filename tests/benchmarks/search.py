@@ -80,7 +80,8 @@ def problem_of(name: str) -> Problem:
     return mnist() if name == "mnist" else table(name)
 
 
-def _run(task: tuple[str, dict[str, str], int, int, int]) -> list[float]:
+def run(task: tuple[str, dict[str, str], int, int, int]) -> list[float]:
+    """Return ln(regret) after each full training: problem, method, workers, budget, seed."""
     name, method, workers, budget, seed = task
     problem = problem_of(name)
     scale = np.log(problem.typical - problem.best)
@@ -96,7 +97,7 @@ def measure(pool: ProcessPoolExecutor, part: Part) -> dict[str, Array]:
         for name in part.problems
         for seed in part.seeds
     ]
-    found = np.array(list(pool.map(_run, tasks)))
+    found = np.array(list(pool.map(run, tasks)))
     shape = (len(part.methods), len(part.problems), len(part.seeds), budget)
     return dict(zip(part.methods, found.reshape(shape), strict=True))
 

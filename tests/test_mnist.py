@@ -80,6 +80,7 @@ def test_missing_files_without_network(root: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_split_is_fixed_and_disjoint() -> None:
+    mnist.prepare()  # torchvision reads no packed files
     training, validation = mnist.load_training(CPU)
     whole = MNIST(BUNDLE / "data", train=True)
     assert training.images.dtype == torch.uint8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import math
 import os
 import signal
@@ -9,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +21,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from common import HELPERS, LIMIT, SCRIPTS, Run, wait_for
+from hpo import trial
 from hpo.drain import Drain
 from hpo.search.samplers import sampler_seed
 from hpo.settings import Settings
@@ -275,3 +279,22 @@ def test_sampler_seeds_differ_between_workers_and_starts() -> None:
     assert len(seeds) == 24
     assert sampler_seed(1, 2, 3) == sampler_seed(1, 2, 3)
     assert sampler_seed(None, 0, 0) is None
+
+
+def test_what_was_hidden_from_gc_and_is_garbage_since_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.itself = self
+
+    monkeypatch.setattr(trial, "_ended", itertools.count())
+    ring = Ring()
+    alive = weakref.ref(ring)
+    try:
+        trial.freeze_all()
+        del ring
+        gc.collect()
+        assert alive() is not None
+        trial.spare_the_old()  # as after the first trial, and after every hundredth
+        assert alive() is None
+    finally:
+        gc.unfreeze()

@@ -284,7 +284,7 @@ def test_statements_of_a_trial(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(seen) < 45
 
 
-@pytest.mark.parametrize(("wait", "counts"), [(0.0, (7, 10)), (600.0, (2, 7))])
+@pytest.mark.parametrize(("wait", "counts"), [(0.0, (7, 10)), (600.0, (2, 6))])
 def test_statements_of_a_trial_with_tpe(
     path: Path, monkeypatch: pytest.MonkeyPatch, wait: float, counts: tuple[int, int]
 ) -> None:

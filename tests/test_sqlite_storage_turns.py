@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from common import wait_for
 from hpo import checkpoint
-from hpo.study import tables, trials
+from hpo.study import cache, tables, trials
 from hpo.study.leases import LeaseLost
 from hpo.study.serving import server
 from storage_helpers import (
@@ -33,6 +33,7 @@ from storage_helpers import (
     read_trials,
     short_trials,
     sql,
+    stock_storage,
     storage_of,
     suggest,
     wait,
@@ -167,6 +168,44 @@ def test_what_this_process_does_meanwhile_is_seen_at_once(path: Path) -> None:
     trials[0].set_user_attr("note", 1)
 
 
+def test_of_the_running_trials_those_that_have_changed_are_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker reads several times per trial, and in a crowd hundreds of others run."""
+    study, others, stock = open_study(path), open_study(path, "others"), stock_storage(path)
+    trials = [others.ask() for _ in range(5)]
+    theirs = optuna.load_study(study_name=study.study_name, storage=stock)
+    theirs.ask()  # without a lease: it is read each time
+    seen: list[int] = []
+    build = cache.build_trials
+
+    def spy(rows: list[tuple[Any, ...]]) -> dict[int, FrozenTrial]:
+        built = build(rows)
+        seen[:] = sorted(trial.number for trial in built.values())
+        return built
+
+    monkeypatch.setattr(cache, "build_trials", spy)
+
+    def read() -> list[int]:
+        found = study.get_trials()
+        assert found == theirs.get_trials()
+        return seen
+
+    assert read() == [0, 1, 2, 3, 4, 5]
+    trials[1].report(0.5, 0)
+    suggest(trials[3])
+    trials[3].report(0.5, 0)
+    assert read() == [1, 3, 5]
+    others.tell(trials[1], 1.0)
+    theirs.tell(2, 1.0)  # a stock worker ends it by hand, and its lease stays as it is
+    assert read() == [1, 2, 5]
+    storage_of(others).return_trial(trials[4]._trial_id)
+    assert read() == [4, 5]
+    assert read() == [4, 5]  # one that waits is read each time
+    assert study.ask().number == 4
+    assert read() == [4, 5]
+
+
 # ---- a worker that is killed within that second ----------------------------------------------
 
 
@@ -218,7 +257,7 @@ def test_statements_of_a_trial_of_short_epochs(path: Path) -> None:
     file_of(storage_of(study)).connection().set_trace_callback(seen.append)
     run(4)
     assert sum(s.startswith("COMMIT") for s in seen) == 4 * 2
-    assert sum(s.lstrip().startswith(("SELECT", "WITH")) for s in seen) == 4 * 5
+    assert sum(s.lstrip().startswith(("SELECT", "WITH")) for s in seen) == 4 * 3
     check_study(path, 16)
 
 

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Any
@@ -27,32 +27,41 @@ from hpo.study.engines import Engine, Version
 from hpo.study.optuna_private import trial_id as id_of
 
 ALL = tuple(TrialState)
-FINISHED = tuple(state for state in TrialState if state.is_finished())
 BY_ID = id_of
 
 # All there is to know about some trials, as rows (kind, trial, position, text, text, text, number),
-# in one statement: so it is one consistent picture. Its text is nearly always the same, so that
-# the engine finds it prepared; the + keeps SQLite from the index on study_id, which is all rows.
+# in one statement: so it is one consistent picture.  They are a study's after an id, and of those
+# that are known to be unfinished the ones that may have changed: each write of its holder moves the
+# counter of a running trial's lease.  What others note about such a trial comes with it.
+# The text is nearly always the same, so that the engine finds it prepared; the + keeps SQLite from
+# the index on study_id, which is all rows, and CROSS JOIN from going through all trials.
 READ_TRIALS = """
-WITH picked AS (SELECT * FROM trials WHERE trial_id > ? AND +study_id = ?
-                UNION ALL SELECT * FROM trials WHERE trial_id IN ({marks})),
-     whole AS (SELECT trial_id FROM picked WHERE state IN ({states}))
+WITH {leases} known(trial_id, counter) AS (VALUES {marks}),
+     picked AS (SELECT trials.*, owner, counter FROM trials LEFT JOIN leases USING (trial_id)
+                WHERE trials.trial_id > ? AND +study_id = ?
+                UNION ALL SELECT trials.*, owner, leases.counter
+                FROM known CROSS JOIN trials LEFT JOIN leases ON leases.trial_id = trials.trial_id
+                WHERE trials.trial_id = known.trial_id AND (state <> 'RUNNING' OR owner IS NULL
+                                                            OR leases.counter <> known.counter))
 SELECT 0, trial_id, number, CAST(state AS VARCHAR), CAST(datetime_start AS VARCHAR),
-    CAST(datetime_complete AS VARCHAR), NULL FROM picked
+    CAST(datetime_complete AS VARCHAR), CASE WHEN owner IS NULL THEN NULL ELSE counter END
+    FROM picked
 UNION ALL SELECT 1, trial_id, param_id, param_name, distribution_json, NULL, param_value
-    FROM trial_params WHERE trial_id IN (SELECT trial_id FROM whole)
+    FROM trial_params WHERE trial_id IN (SELECT trial_id FROM picked)
 UNION ALL SELECT 2, trial_id, objective, CAST(value_type AS VARCHAR), NULL, NULL, value
-    FROM trial_values WHERE trial_id IN (SELECT trial_id FROM whole)
+    FROM trial_values WHERE trial_id IN (SELECT trial_id FROM picked)
 UNION ALL SELECT 3, trial_id, step, CAST(intermediate_value_type AS VARCHAR), NULL, NULL,
     intermediate_value
-    FROM trial_intermediate_values WHERE trial_id IN (SELECT trial_id FROM whole)
+    FROM trial_intermediate_values WHERE trial_id IN (SELECT trial_id FROM picked)
 UNION ALL SELECT 4, trial_id, trial_user_attribute_id, key, value_json, NULL, NULL
-    FROM trial_user_attributes WHERE trial_id IN (SELECT trial_id FROM whole)
+    FROM trial_user_attributes WHERE trial_id IN (SELECT trial_id FROM picked)
 UNION ALL SELECT 5, trial_id, trial_system_attribute_id, key, value_json, NULL, NULL
-    FROM trial_system_attributes WHERE trial_id IN (SELECT trial_id FROM whole)
+    FROM trial_system_attributes WHERE trial_id IN (SELECT trial_id FROM picked)
 UNION ALL SELECT 6, study_id, 0, NULL, NULL, NULL, NULL FROM studies WHERE study_id = ?
 ORDER BY 1, 2, 3
 """
+# Stock Optuna's study, looked at by who may not write: it has no table of leases.
+NO_LEASES = "leases AS (SELECT -1 AS trial_id, '' AS owner, -1 AS counter),"
 
 
 @lru_cache(maxsize=4096)  # most trials have the same few distributions
@@ -77,14 +86,13 @@ class TrialCache:
     def __init__(self, study_id: int) -> None:
         self.study_id = study_id
         self.finished: dict[int, FrozenTrial] = {}
-        self._unfinished: set[int] = set()
+        self._unfinished: dict[int, FrozenTrial] = {}
+        self._counters: dict[int, int] = {}  # of their leases; -1: without one, read each time
         self._last = -1  # the highest trial id seen
         # The finished trials in some states, in order; pruners ask for the same after each report.
         self._selected: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
-        # What was read besides, as long as the file is as it was in this version.
-        self._version: Version | None = None
+        self._version: Version | None = None  # of the database, when it was read
         self._looked = -math.inf  # when, by time.monotonic()
-        self._others: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
 
     def count(self) -> int:
         """Return how many trials the study has, as far as they were read."""
@@ -98,47 +106,45 @@ class TrialCache:
         Nothing is read if that was done less than `max_age` seconds ago.
         Raises KeyError if there is no such study.
         """
-        if states not in self._others or time.monotonic() - self._looked >= max_age:
-            self._look(file, states)
+        if time.monotonic() - self._looked >= max_age:
+            self._look(file)
         if states not in self._selected:
             finished = sorted(self.finished.values(), key=BY_ID)
             self._selected[states] = [trial for trial in finished if trial.state in states]
         trials = self._selected[states].copy()
-        for trial in self._others[states]:
-            insort(trials, trial, key=BY_ID)
+        for trial in self._unfinished.values():
+            if trial.state in states:
+                insort(trials, trial, key=BY_ID)
         return trials
 
-    def _look(self, file: Engine, states: tuple[TrialState, ...]) -> None:
+    def _look(self, file: Engine) -> None:
         begin = time.monotonic()
-        known = self._version if states in self._others else None
-        full = [state for state in TrialState if state in states or state in FINISHED]
-        sql, args = question(full, list(self._unfinished), self._last, self.study_id)
-        version, rows = file.read_changed(known, sql, args)
-        if version != self._version:
-            self._version = version
-            self._others.clear()
+        sql, args = question(file, self._counters, self._last, self.study_id)
+        self._version, rows = file.read_changed(self._version, sql, args)
         if rows is not None:
-            self._others[states] = [t for t in self._take_in(rows) if t.state in states]
+            self._take_in(rows)
         self._looked = begin
 
-    def _take_in(self, rows: list[tuple[Any, ...]]) -> list[FrozenTrial]:
-        """Remember what was read; return the trials that are not finished."""
+    def _take_in(self, rows: list[tuple[Any, ...]]) -> None:
+        """Remember what was read."""
         if not rows:
             raise KeyError(f"There is no study {self.study_id}.")
-        unfinished = []
-        for trial_id, trial in build_trials(rows).items():
+        trials = build_trials(rows)
+        for trial_id, trial in trials.items():
             if trial.state.is_finished():
                 self.finish(trial)
             else:
-                self._unfinished.add(trial_id)
-                unfinished.append(trial)
+                self._unfinished[trial_id] = trial
             self._last = max(self._last, trial_id)
-        return unfinished
+        for kind, trial_id, *_, counter in rows:
+            if kind == 0 and trial_id in self._unfinished:
+                self._counters[trial_id] = -1 if counter is None else counter
 
     def finish(self, trial: FrozenTrial) -> None:
         """Remember a trial that is finished."""
         self.expire()
-        self._unfinished.discard(id_of(trial))
+        self._unfinished.pop(id_of(trial), None)
+        self._counters.pop(id_of(trial), None)
         if id_of(trial) in self.finished:
             return
         self.finished[id_of(trial)] = trial
@@ -199,20 +205,21 @@ class Follower:
 
 
 def question(
-    states: Sequence[TrialState], trial_ids: list[int], after: int = sys.maxsize, study_id: int = -1
+    file: Engine, counters: Mapping[int, int], after: int = sys.maxsize, study_id: int = -1
 ) -> tuple[str, tuple[int, ...]]:
-    """Return the SELECT of these trials and of a study's `after` an id; in full if in `states`."""
-    if len(trial_ids) > 10_000:  # too many to be named in SQL: read the study anew
-        trial_ids, after = [], -1
-    names = ",".join(f"'{state.name}'" for state in states)
-    ids = trial_ids + [-1] * ((1 << len(trial_ids).bit_length()) - len(trial_ids))
-    sql = READ_TRIALS.format(marks=",".join("?" * len(ids)), states=names)
-    return sql, (after, study_id, *ids, study_id)
+    """Return the SELECT of a study's trials after an id, and of those whose counter has moved."""
+    if len(counters) > 8_000:  # too many to be named in SQL: read the study anew
+        counters, after = {}, -1
+    marks = 1 << len(counters).bit_length()
+    pairs = [x for pair in counters.items() for x in pair] + [-1] * 2 * (marks - len(counters))
+    leases = "" if file.has_leases else NO_LEASES
+    sql = READ_TRIALS.format(marks=",".join(["(?, ?)"] * marks), leases=leases)
+    return sql, (*pairs, after, study_id, study_id)
 
 
 def read_trial(file: Engine, trial_id: int) -> FrozenTrial:
     """Return one trial. Raises KeyError."""
-    rows = file.read(*question(ALL, [trial_id]))
+    rows = file.read(*question(file, {trial_id: -1}))
     if not rows:
         raise KeyError(f"There is no trial {trial_id}.")
     return build_trials(rows)[trial_id]

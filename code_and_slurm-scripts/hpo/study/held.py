@@ -168,7 +168,9 @@ class HeldTrials:
             except LeaseLost:
                 self._held.pop(trial_id, None)
                 raise
-            self._held.pop(trial_id, None)
+            held = self._held.pop(trial_id, None)
+            if held and (cache := self._caches.get(held.study_id)):
+                cache.expire()
 
     def renew(self, trial_id: int, idle: float = 0.0) -> None:
         """Renew the lease, and write what waits; see StudyStorage.renew_lease."""
@@ -306,11 +308,7 @@ class HeldTrials:
                 cache.finish(self._as_finished(held.trial, state, values, now))
 
     def _as_finished(
-        self,
-        running: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
-        now: datetime,
+        self, running: FrozenTrial, state: TrialState, values: Sequence[float] | None, now: datetime
     ) -> FrozenTrial:
         """Return the trial as it now is in the file: it need not be read."""
         trial = copy.copy(running)

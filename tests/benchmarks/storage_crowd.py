@@ -19,7 +19,6 @@ PostgreSQL takes part where Debian's package is installed, and root asks.
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import shutil
@@ -39,6 +38,7 @@ from optuna.trial import TrialState  # isort: skip
 from hpo.settings import Settings, forget, run_script  # isort: skip
 from hpo.study.opening import create_or_open_study, open_study  # isort: skip
 from hpo.study.optuna_private import storage_of  # isort: skip
+from hpo.trial import spare_the_old  # isort: skip
 from hpo.worker import run_worker  # isort: skip
 from postgresql_server import PostgreSQLServer, wanted  # isort: skip
 from storage_helpers import EPOCHS, fork, suggest  # isort: skip
@@ -153,8 +153,7 @@ def crowd(url: str, workers: int, seconds: float, server: Callable[[], float]) -
     storage_of(create_or_open_study(Settings.from_env())).remove_session()
     seen = Seen(workers, total, server)
     read, write = os.pipe()
-    gc.collect()
-    gc.freeze()  # or a collection would copy what the processes share
+    spare_the_old()  # or each worker's first collection would copy what they share
     pids = [fork(work, rank, seconds, write) for rank in range(workers)]
     os.close(write)
     begin = time.monotonic()
@@ -215,7 +214,7 @@ def _processor(folder: Path) -> float:
     first = (folder / "data" / "postmaster.pid").read_text().split()[0]
     ticks = 0
     for pid in [first, *Path(f"/proc/{first}/task/{first}/children").read_text().split()]:
-        with suppress(FileNotFoundError):  # it has ended
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
             words = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
             ticks += sum(map(int, words[11 : 15 if pid == first else 13]))
     return ticks / TICK

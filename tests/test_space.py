@@ -486,6 +486,20 @@ def test_value_at() -> None:
     assert value_at(FloatDistribution(1e-4, 1e-2, log=True), 0.5) == pytest.approx(1e-3)
 
 
+def test_ranges_of_very_many_values_take_no_memory() -> None:
+    def search_space(trial: Any) -> dict[str, Any]:
+        return {
+            "seed": trial.suggest_int("seed", 0, 2**62),
+            "rate": trial.suggest_float("rate", 0, 1, step=1e-12),
+        }
+
+    space = explore(search_space)
+    assert value_at(space["seed"], 0.5) == 2**61
+    assert value_at(space["rate"], 0.5) == pytest.approx(0.5)
+    with pytest.raises(UserError, match="more than 100000 combinations"):
+        combinations(search_space, "grid")
+
+
 def test_points_of_qmc_are_spread_and_the_same_for_every_worker() -> None:
     settings = Settings.from_env(SAMPLER="qmc", SEED="3")
     space: dict[str, Any] = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}

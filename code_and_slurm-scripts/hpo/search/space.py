@@ -171,11 +171,10 @@ class _Notes(FixedTrial):
             self.wrong = f"search_space suggests {name} twice, as two different parameters"
             raise UserError(self.wrong)
         if name not in self._distributions:
-            values = values_of(distribution)
             position = len(self._sizes)
             index = self._path[position] if position < len(self._path) else 0
-            self._sizes.append(len(values))
-            self._suggested_params[name] = values[index] if values else distribution.low  # type: ignore[attr-defined]
+            self._sizes.append(size_of(distribution))
+            self._suggested_params[name] = nth_value(distribution, index)
             self._distributions[name] = distribution
         return self._suggested_params[name]
 
@@ -280,16 +279,24 @@ def legal(distribution: BaseDistribution) -> str:
     return f"from {shown(distribution.low)} to {shown(distribution.high)}{steps}"
 
 
-def values_of(distribution: BaseDistribution) -> list[Any]:
-    """Return the values of a parameter; none where there are infinitely many."""
+def size_of(distribution: BaseDistribution) -> int:
+    """Return how many values a parameter has; 0 where there are infinitely many."""
     if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    if isinstance(distribution, IntDistribution):
-        return list(range(distribution.low, distribution.high + 1, distribution.step))
-    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
-        steps = round((distribution.high - distribution.low) / distribution.step)
-        return [distribution.low + i * distribution.step for i in range(steps + 1)]
-    return []
+        return len(distribution.choices)
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    if isinstance(distribution, IntDistribution):  # exact, also beyond what a float can hold
+        return (distribution.high - distribution.low) // distribution.step + 1
+    if distribution.step is None:
+        return 0
+    return round((distribution.high - distribution.low) / distribution.step) + 1
+
+
+def nth_value(distribution: BaseDistribution, index: int) -> Any:
+    """Return a parameter's value, counted from 0; the first one stands for infinitely many."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[index]
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    return distribution.low + index * (distribution.step or 0)
 
 
 def value_at(distribution: BaseDistribution, position: float) -> Any:
@@ -297,8 +304,8 @@ def value_at(distribution: BaseDistribution, position: float) -> Any:
     if isinstance(distribution, IntDistribution) and distribution.log:
         value = round(distribution.low * (distribution.high / distribution.low) ** position)
         return min(max(value, distribution.low), distribution.high)
-    if values := values_of(distribution):
-        return values[min(int(position * len(values)), len(values) - 1)]
+    if size := size_of(distribution):
+        return nth_value(distribution, min(int(position * size), size - 1))
     assert isinstance(distribution, FloatDistribution)
     low, high = distribution.low, distribution.high
     if distribution.log:

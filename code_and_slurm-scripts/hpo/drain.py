@@ -206,6 +206,16 @@ def handlers_put_back() -> Iterator[None]:
 _in_use: list[Drain] = []  # at most one: signals have one handler
 
 
+def _be_ordinary() -> None:
+    """Let a process that the objective forks end at a signal: what ends a Pool's processes is one."""
+    for number in RAISING:
+        if getattr(signal.getsignal(number), "__func__", None) is Drain._stop_now:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_be_ordinary)
+
+
 def asked_to_stop() -> bool:
     """Whether this worker's trial will have to stop when it next asks should_prune()."""
     return any(drain.will_be_due() for drain in _in_use)

@@ -366,6 +366,30 @@ if child > 0:
     assert trials()[1].user_attrs["status"] == status
 
 
+def test_a_pool_of_processes_ends_without_a_word(tmp_path: Path) -> None:
+    """Each of them is ended by a signal, for which the worker has a handler."""
+    body = """
+import multiprocessing
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    x = sum(pool.map(abs, [x, x]))"""
+    result = work(tmp_path, body)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == 4 * [COMPLETE]
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_report_to_an_earlier_trial_costs_that_trial_alone(tmp_path: Path) -> None:
+    """It is a mistake of the script, not a trial that another worker has taken."""
+    body = """
+first = vars(optuna).setdefault("first", trial)
+if trial.number == 1:
+    first.report(x, 1)"""
+    result = work(tmp_path, body)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == [COMPLETE, FAIL, COMPLETE, COMPLETE]
+    assert "UpdateFinishedTrialError: Trial 0 is" in trials()[1].user_attrs["fail_reason"]
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_handler_of_the_scripts_own_loses_no_trial(first: int, tmp_path: Path) -> None:
     """The trial that a signal ends, through it, or though an earlier one ignores all signals."""

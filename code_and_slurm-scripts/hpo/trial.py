@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo import checkpoint, gpu
@@ -98,7 +98,7 @@ def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
         return judge(value, len(trial.study.directions))
     except optuna.TrialPruned:
         return Outcome(TrialState.PRUNED)
-    except (Drained, UpdateFinishedTrialError):  # the latter says LeaseLost, too
+    except Drained:
         return Outcome(TrialState.WAITING)
     except gpu.Unusable as error:
         gpu.give_up(str(error), error.status)  # it may come from another process (train/ddp.py)
@@ -109,6 +109,8 @@ def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
     except BaseException as error:  # whatever leaves the objective costs the trial, not the worker
         if drain.came_to(error):  # scancel takes the container's image away, too
             return Outcome(TrialState.WAITING)
+        if isinstance(error, UpdateFinishedTrialError) and _is_lost(trial):  # LeaseLost, too
+            return Outcome(TrialState.WAITING)
         if half := half_imported(error):
             gpu.give_up(half, gpu.BROKEN)
             return Outcome(TrialState.WAITING, site=half)
@@ -118,6 +120,18 @@ def _call(objective: Objective, trial: optuna.Trial, drain: Drain) -> Outcome:
         if not gpu.healthy() and not gpu.is_to_blame(trial):
             return Outcome(TrialState.WAITING, site=str(gpu.ending))
         return Outcome(TrialState.FAIL, reason=reason_of(error))
+
+
+def _is_lost(trial: optuna.Trial) -> bool:
+    """Whether this trial is no longer this worker's; else the error was about another one."""
+    storage = storage_of(trial.study)
+    if not isinstance(storage, Leased):
+        return storage.get_trial(trial_id(trial)).state != TrialState.RUNNING
+    try:
+        storage.renew_lease(trial_id(trial))
+    except (UpdateFinishedTrialError, StorageInternalError):  # or the next step says what it is
+        return True
+    return False
 
 
 def _in_this_process(objective: Objective, trial: optuna.Trial) -> Any:

@@ -207,7 +207,7 @@ _in_use: list[Drain] = []  # at most one: signals have one handler
 
 
 def _be_ordinary() -> None:
-    """Let a process that the objective forks end at a signal: what ends a Pool's processes is one."""
+    """Let a process that the objective forks end at a signal, as those of a Pool are ended."""
     for number in RAISING:
         if getattr(signal.getsignal(number), "__func__", None) is Drain._stop_now:
             signal.signal(number, signal.SIG_DFL)

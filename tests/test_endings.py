@@ -350,6 +350,16 @@ def test_a_step_that_no_database_can_hold_costs_that_trial_alone(tmp_path: Path)
     assert "the step 9223372036854775808 of a report" in trials()[1].user_attrs["fail_reason"]
 
 
+def test_a_range_without_an_end_costs_that_trial_alone(tmp_path: Path) -> None:
+    """It is no fault of the sampler's."""
+    body = "if trial.number == 1:\n    trial.suggest_float('y', 0, float('inf'))"
+    result = work(tmp_path, body)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [trial.state for trial in trials()] == [COMPLETE, FAIL, COMPLETE, COMPLETE]
+    reason = trials()[1].user_attrs["fail_reason"]
+    assert reason == "ValueError: y is from 0 to inf, which is no range"
+
+
 @pytest.mark.parametrize(("leave", "status"), [("sys.exit(3)", 3), ("return 5.0", 0), ("1 / 0", 1)])
 def test_a_process_that_the_objective_forks_is_no_worker(
     leave: str, status: int, tmp_path: Path

@@ -115,6 +115,12 @@ def test_a_range_may_depend_on_another_parameter() -> None:
     assert list(space) == ["n", "k"]
 
 
+@pytest.mark.parametrize("low", [float("nan"), -float("inf"), -1e308])
+def test_a_range_without_an_end_is_refused(low: float) -> None:
+    with pytest.raises(UserError, match="search_space: x is from .*, which is no range"):
+        explore(lambda trial: trial.suggest_float("x", low, 1e308))
+
+
 def test_a_name_is_one_parameter_in_a_trial() -> None:
     with pytest.raises(UserError, match="search_space suggests x twice, as two different"):
         explore(lambda trial: [trial.suggest_float("x", 0, 1), trial.suggest_int("x", 0, 1)])
@@ -194,7 +200,7 @@ def test_a_study_of_stock_optuna_is_adopted_if_its_trials_fit(log: bool) -> None
     ("fix", "says"),
     [
         ("c=1", "c is no parameter of search_space (a, b)"),
-        ("a=7", "a=7 is not in its range"),
+        ("a=7", "a=7 is not in its range: one of 1, 2"),
         ("b=word", "b=word is not in its range"),
     ],
 )

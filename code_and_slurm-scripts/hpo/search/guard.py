@@ -16,6 +16,8 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.search.space import legal, no_range
+
 
 class SearchFailed(OptunaError):
     """The sampler or the pruner has failed; `__cause__` is its error."""
@@ -55,7 +57,9 @@ class GuardedSampler(BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution
     ) -> Any:
-        """See BaseSampler."""
+        """See BaseSampler. Raises ValueError for a range that the objective should not ask for."""
+        if no_range(distribution):
+            raise ValueError(f"{name} is {legal(distribution)}, which is no range")
         with _named(self._name):
             return self._sampler.sample_independent(study, trial, name, distribution)
 

@@ -20,7 +20,7 @@ from optuna.trial import create_trial
 from hpo.script import Script
 from hpo.search.objectives import declared_objectives
 from hpo.search.samplers import FINITE
-from hpo.search.space import Space, check_takes_some, combinations, explore, fits
+from hpo.search.space import Space, check_takes_some, combinations, explore, fits, legal
 from hpo.settings import Settings, UserError
 from hpo.words import logger, shown
 
@@ -101,7 +101,7 @@ def _check_fixed(settings: Settings, space: Space) -> None:
             create_trial(value=0.0, params={name: value}, distributions={name: space[name]})
         except (ValueError, TypeError) as error:
             raise UserError(
-                f"FIX: {name}={shown(value)} is not in its range: {space[name]}"
+                f"FIX: {name}={shown(value)} is not in its range: {legal(space[name])}"
             ) from error
 
 

@@ -9,6 +9,7 @@ search_space refuses (TrialPruned) is not in the space.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -170,6 +171,9 @@ class _Notes(FixedTrial):
         if name in self._distributions and not fits(self._distributions[name], distribution):
             self.wrong = f"search_space suggests {name} twice, as two different parameters"
             raise UserError(self.wrong)
+        if no_range(distribution):
+            self.wrong = f"search_space: {name} is {legal(distribution)}, which is no range"
+            raise UserError(self.wrong)
         if name not in self._distributions:
             position = len(self._sizes)
             index = self._path[position] if position < len(self._path) else 0
@@ -277,6 +281,13 @@ def legal(distribution: BaseDistribution) -> str:
     assert isinstance(distribution, (IntDistribution, FloatDistribution))
     steps = f" in steps of {shown(distribution.step)}" if distribution.step not in (None, 1) else ""
     return f"from {shown(distribution.low)} to {shown(distribution.high)}{steps}"
+
+
+def no_range(distribution: BaseDistribution) -> bool:
+    """Whether nothing can be drawn: an end is NaN or infinite, or they are too far apart."""
+    if not isinstance(distribution, FloatDistribution):
+        return False
+    return not math.isfinite(distribution.high - distribution.low)
 
 
 def size_of(distribution: BaseDistribution) -> int:

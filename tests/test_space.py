@@ -117,7 +117,7 @@ def test_a_range_may_depend_on_another_parameter() -> None:
 
 @pytest.mark.parametrize("low", [float("nan"), -float("inf"), -1e308])
 def test_a_range_without_an_end_is_refused(low: float) -> None:
-    with pytest.raises(UserError, match="search_space: x is from .*, which is no range"):
+    with pytest.raises(UserError, match=r"search_space: x is from .*, which is no range"):
         explore(lambda trial: trial.suggest_float("x", low, 1e308))
 
 

@@ -368,6 +368,27 @@ def test_signals_of_the_worker_end_the_program(
     assert (trial.value, trial.intermediate_values) == (2.0, {0: 1.0, 1: 2.0})
 
 
+def test_a_worker_that_is_killed_while_it_begins_a_program_leaves_none(tmp_path: Path) -> None:
+    """Its last moment is that before the guard, which would end the program, is there."""
+    killed = f"""
+import os, subprocess, sys
+from pathlib import Path
+from hpo.loops.process import running
+begin, begun = subprocess.Popen, []
+def popen(*arguments, **options):
+    if begun:
+        os._exit(9)
+    begun.append(begin(*arguments, **options))
+    return begun[0]
+subprocess.Popen = popen
+with running(["sh", "-c", "touch begun; sleep 87654"], Path("{tmp_path}/log"), 1.0):
+    sys.exit("the guard was there before")
+"""
+    result = subprocess.run([sys.executable, "-c", killed], cwd=SCRIPTS)
+    assert result.returncode == 9
+    wait_for(lambda: not processes("sleep 87654"))
+
+
 # ---------- Failures ----------
 
 

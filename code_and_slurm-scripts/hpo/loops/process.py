@@ -7,7 +7,7 @@
 
 The program has a session of its own, so that Ctrl-C in a terminal reaches the worker alone, which
 then ends it.  If the worker is killed, the program is, too: a trial that another worker goes on
-with must not still be running here.
+with must not still be running here.  A guard sees to that, and the program waits until it is there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from hpo.drain import signals_held
 from hpo.settings import SCRIPTS
 from hpo.words import logger
 
-# Waits for a line from the worker; if the worker is gone instead, ends the group.
+# Each waits for a line from the worker.  If the worker is gone instead, the program never begins,
+START = 'read -r line && exec "$@" </dev/null'
+# and the guard ends the group.
 GUARD = 'trap "" TERM INT; read -r line || kill -s KILL -- "-$0"'
 
 log = logger("hpo.worker")
@@ -37,8 +39,8 @@ class Program:
         """Start it in the scripts' folder. Raises OSError."""
         with output.open("ab") as file:
             self._process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
+                ["sh", "-c", START, "sh", *words],
+                stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=SCRIPTS,
@@ -52,6 +54,9 @@ class Program:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        assert self._process.stdin
+        with suppress(BrokenPipeError), self._process.stdin as begin:  # somebody has ended it
+            begin.write(b"begin\n")
 
     def wait(self, seconds: float) -> int | None:
         """Return its exit status (−n if signal n ended it), or None if it still runs then."""

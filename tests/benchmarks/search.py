@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How good the search is: samplers and pruners in simulated studies, with intervals.
 
-    python tests/benchmarks/search.py                     all of search-figures.txt: ten minutes
+    python tests/benchmarks/search.py                     all of search-figures.txt: half an hour
     python tests/benchmarks/search.py --seeds 4 --workers 4   a first look: one minute
     python tests/benchmarks/search.py --lcbench FOLDER    printed alone (search_problems.py)
 
@@ -57,7 +57,9 @@ METHODS = {
     "new": NEW,
     "new, finals": {**NEW, "FINAL_SEEDS": "3"},  # paid out of the same budget
     "new, known": {**NEW, "KNOWN": "1"},  # known_good(), or FROM_STUDY (search_problems.py)
+    "gp": {"SAMPLER": "gp", "PRUNER": "none"},  # it learns from complete trials alone
 }
+GP_WORKERS = 4  # with more of them its suggestions take hours here; on LCBench, 16
 SPLIT = ("old, halving", "new, median")  # which part of new it is
 RESAMPLINGS = 2000
 ROW = "    {:<13}{:>6}{:>15}{:>15}   {:<19}{:<17}"
@@ -169,24 +171,32 @@ def parts(seeds: int, workers: Sequence[int], folder: str) -> Iterable[Part]:
     """Yield what is measured: first what was chosen by, then what confirms it on other seeds."""
     fresh = range(CONFIRM, CONFIRM + seeds)
     few = fresh[: max(1, seeds // 10)]
-    confirms = {name: METHODS[name] for name in METHODS if name not in SPLIT}
     if folder:
         names = lcbench_names(folder)
         for number in workers:
+            confirms = confirming(number, 4 * GP_WORKERS)
             size = f"{number} workers, {BUDGETS[number]} full trainings"
             title = f"{len(names)} data sets of LCBench, {size}; {len(few)} seeds each"
             yield Part(title, names, number, few, confirms)
         return
     if 16 in workers:
         title = f"mnist, 16 workers, {BUDGETS[16]} full trainings; chosen by {seeds} seeds from 0"
-        yield Part(title, ["mnist"], 16, range(seeds), METHODS)
+        chosen = {name: METHODS[name] for name in METHODS if name != "gp"}
+        yield Part(title, ["mnist"], 16, range(seeds), chosen)
     for number in workers:
         size = f"{number} workers, {BUDGETS[number]} full trainings"
-        yield Part(f"mnist, {size}; {seeds} other seeds", ["mnist"], number, fresh, confirms)
+        title = f"mnist, {size}; {seeds} other seeds"
+        yield Part(title, ["mnist"], number, fresh, confirming(number))
     names = table_names()
     for number in workers if names else ():  # nothing is stopped there: new is much as old
         title = f"{len(names)} tables, {number} workers, {BUDGETS[number]} trials"
-        yield Part(f"{title}; {len(few)} seeds each", names, number, few, confirms)
+        yield Part(f"{title}; {len(few)} seeds each", names, number, few, confirming(number))
+
+
+def confirming(workers: int, gp_workers: int = GP_WORKERS) -> dict[str, dict[str, str]]:
+    """Return the methods that are measured on other seeds than those they were chosen by."""
+    left_out = SPLIT if workers <= gp_workers else (*SPLIT, "gp")
+    return {name: method for name, method in METHODS.items() if name not in left_out}
 
 
 def head(command: Sequence[str]) -> str:

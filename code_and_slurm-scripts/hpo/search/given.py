@@ -114,6 +114,8 @@ def equip(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
     if len(study.directions) > 1 and settings.pruner != "none":
         log.info("several objectives: nothing is pruned (PRUNER=%s is not used)", settings.pruner)
         settings = replace(settings, pruner="none", pruner_options={})
+    if settings.sampler == "gp" and settings.pruner != "none":
+        log.info("SAMPLER=gp learns from complete trials alone: PRUNER=none leaves it all of them")
     study.pruner = GuardedPruner(make_pruner(settings))
     if final:
         study.pruner = FinalsAreWhole(study.pruner)

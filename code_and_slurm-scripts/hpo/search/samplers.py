@@ -8,7 +8,7 @@
     grid        finite, one product        each combination once, by the trial's number
     bruteforce  finite, any branches       each combination once, by the trial's number
     cmaes       numeric                    generations; all numbers, so that it moves all of them
-    gp          numeric                    each has a seed of its own and sees all trials
+    gp          numeric                    the same, but it learns from complete trials alone
 
 A script's search_space(trial) asks `space_form()` which form to give; space.py lists the
 combinations, remembered.py keeps the space and refuses to mix two in one study.

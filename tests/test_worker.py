@@ -67,6 +67,15 @@ def test_a_damaged_study_is_not_waited_for() -> None:
     assert len(calls) == 1
 
 
+def test_a_worker_does_not_begin_in_a_file_that_is_no_study(run: Run, own_study: Path) -> None:
+    own_study.write_bytes(b"anything else" * 100)
+    result = run(OBJECTIVE, LEASE_GRACE="1")
+    assert result.returncode == 2, result.stdout
+    assert f"error: {own_study} is damaged" in result.stderr
+    assert "trying again" not in result.stdout
+    assert own_study.read_bytes() == b"anything else" * 100
+
+
 def test_worker_stops_at_total_trials_and_a_larger_total_adds(run: Run) -> None:
     result = run(OBJECTIVE, TOTAL_TRIALS="7")
     assert result.returncode == 0, result.stderr

@@ -22,6 +22,7 @@ from optuna.exceptions import StorageInternalError
 from hpo.drain import Drain
 from hpo.files import AWAY
 from hpo.search.guard import SearchFailed
+from hpo.settings import UserError
 from hpo.study.engines.sqlite_errors import CorruptStudy
 from hpo.words import duration, logger, one_line, text_of
 
@@ -109,6 +110,8 @@ class Patience:
                 return step()
             except CorruptStudy as error:  # it will not be whole in a minute
                 raise SiteFault(str(error)) from None
+            except UserError:  # whatever it comes from, somebody has to mend it
+                raise
             except Exception as error:
                 if not (fault := fault_of(error)):
                     raise

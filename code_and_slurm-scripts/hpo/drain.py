@@ -207,10 +207,13 @@ _in_use: list[Drain] = []  # at most one: signals have one handler
 
 
 def _be_ordinary() -> None:
-    """Let a process that the objective forks end at a signal, as those of a Pool are ended."""
+    """Let a process that the objective forks take signals as any other: a Pool's end by SIGTERM,
+    and at Ctrl-C a DataLoader's leave without a word.
+    """
     for number in RAISING:
         if getattr(signal.getsignal(number), "__func__", None) is Drain._stop_now:
-            signal.signal(number, signal.SIG_DFL)
+            interrupt = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if interrupt else signal.SIG_DFL)
 
 
 os.register_at_fork(after_in_child=_be_ordinary)

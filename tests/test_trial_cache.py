@@ -145,7 +145,7 @@ def test_statements_of_a_trial(path: Path) -> None:
     for _ in range(4):
         run_one()
     assert sum(s.startswith("COMMIT") for s in seen) == 4 * 7
-    assert sum(s.lstrip().startswith(("SELECT", "WITH")) for s in seen) == 4 * 5
+    assert sum(s.lstrip().startswith(("SELECT", "WITH")) for s in seen) == 4 * 3
 
 
 class _Ended(Follower):

@@ -381,7 +381,7 @@ def popen(*arguments, **options):
     begun.append(begin(*arguments, **options))
     return begun[0]
 subprocess.Popen = popen
-with running(["sh", "-c", "touch begun; sleep 87654"], Path("{tmp_path}/log"), 1.0):
+with running(["sleep", "87654"], Path("{tmp_path}/log"), 1.0):
     sys.exit("the guard was there before")
 """
     result = subprocess.run([sys.executable, "-c", killed], cwd=SCRIPTS)

@@ -388,6 +388,23 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     assert "Traceback" not in result.stdout + result.stderr
 
 
+def test_ctrl_c_is_a_forked_processes_own_affair(tmp_path: Path) -> None:
+    """A DataLoader's leave at KeyboardInterrupt without a word; anything else is an error there."""
+    body = """
+import signal
+child = os.fork() if trial.number == 1 else -1
+if child == 0:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        os._exit(7)
+if child > 0:
+    trial.set_user_attr("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"""
+    result = work(tmp_path, body)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert trials()[1].user_attrs["status"] == 7
+
+
 def test_a_report_to_an_earlier_trial_costs_that_trial_alone(tmp_path: Path) -> None:
     """It is a mistake of the script, not a trial that another worker has taken."""
     body = """

@@ -59,7 +59,7 @@ METHODS = {
     "new, known": {**NEW, "KNOWN": "1"},  # known_good(), or FROM_STUDY (search_problems.py)
     "gp": {"SAMPLER": "gp", "PRUNER": "none"},  # it learns from complete trials alone
 }
-GP_WORKERS = 4  # with more of them its suggestions take hours here; on LCBench, 16
+GP_WORKERS = 4  # with more of them its suggestions take hours
 SPLIT = ("old, halving", "new, median")  # which part of new it is
 RESAMPLINGS = 2000
 ROW = "    {:<13}{:>6}{:>15}{:>15}   {:<19}{:<17}"
@@ -174,10 +174,9 @@ def parts(seeds: int, workers: Sequence[int], folder: str) -> Iterable[Part]:
     if folder:
         names = lcbench_names(folder)
         for number in workers:
-            confirms = confirming(number, 4 * GP_WORKERS)
             size = f"{number} workers, {BUDGETS[number]} full trainings"
             title = f"{len(names)} data sets of LCBench, {size}; {len(few)} seeds each"
-            yield Part(title, names, number, few, confirms)
+            yield Part(title, names, number, few, confirming(number))
         return
     if 16 in workers:
         title = f"mnist, 16 workers, {BUDGETS[16]} full trainings; chosen by {seeds} seeds from 0"
@@ -193,9 +192,9 @@ def parts(seeds: int, workers: Sequence[int], folder: str) -> Iterable[Part]:
         yield Part(f"{title}; {len(few)} seeds each", names, number, few, confirming(number))
 
 
-def confirming(workers: int, gp_workers: int = GP_WORKERS) -> dict[str, dict[str, str]]:
+def confirming(workers: int) -> dict[str, dict[str, str]]:
     """Return the methods that are measured on other seeds than those they were chosen by."""
-    left_out = SPLIT if workers <= gp_workers else (*SPLIT, "gp")
+    left_out = SPLIT if workers <= GP_WORKERS else (*SPLIT, "gp")
     return {name: method for name, method in METHODS.items() if name not in left_out}
 
 

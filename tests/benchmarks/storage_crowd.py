@@ -13,7 +13,8 @@ between the first trial of the last worker and the study's last claim:
     server     the same of PostgreSQL's processes; SQLite has none
     wrong      trials too many, unfinished, begun twice: 0 0 0, or the table is worth nothing
 
-All workers share the cores of this machine; on a cluster each has one.
+All workers share the cores of this machine; on a cluster each has one.  A thousand of them fill
+more than 30 GB of memory.
 PostgreSQL takes part where Debian's package is installed, and root asks.
 """
 

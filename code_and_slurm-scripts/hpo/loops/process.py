@@ -24,9 +24,9 @@ from hpo.drain import signals_held
 from hpo.settings import SCRIPTS
 from hpo.words import logger
 
-# Each waits for a line from the worker.  If the worker is gone instead, the program never begins,
+# Waits for a line from the worker; if the worker is gone instead, the program never begins.
 START = 'read -r line && exec "$@" </dev/null'
-# and the guard ends the group.
+# Waits likewise; if the worker is gone instead, ends the group.
 GUARD = 'trap "" TERM INT; read -r line || kill -s KILL -- "-$0"'
 
 log = logger("hpo.worker")
@@ -36,7 +36,10 @@ class Program:
     """A running program: the leader of a process group."""
 
     def __init__(self, words: Sequence[str], output: Path, environment: Mapping[str, str]) -> None:
-        """Start it in the scripts' folder. Raises OSError."""
+        """Start it in the scripts' folder; one that is not there ends with exit status 127.
+
+        Raises OSError.
+        """
         with output.open("ab") as file:
             self._process = subprocess.Popen(
                 ["sh", "-c", START, "sh", *words],

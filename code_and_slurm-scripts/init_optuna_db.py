@@ -20,6 +20,8 @@ never changed.  A study with another objective or direction is refused (exit sta
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from typing import Any
 
 from hpo import packages, script
@@ -27,7 +29,7 @@ from hpo.search.known import KNOWN, begin_with, known_for, offered
 from hpo.search.objectives import check_objectives
 from hpo.search.pruners import check_search
 from hpo.search.remembered import plan_of
-from hpo.settings import Settings, UserError, run_script
+from hpo.settings import DEFAULTS, Settings, UserError, run_script
 from hpo.study.copying import copy_study
 from hpo.study.opening import create_or_open_study, reach, stuck
 from hpo.study.optuna_private import storage_of, study_id
@@ -35,7 +37,7 @@ from hpo.study.serving.served import forget_dead_server
 from hpo.study.storage import StudyStorage
 from hpo.study.trials import count
 from hpo.study.upkeep import LONGEST_SLEEP, return_stuck
-from hpo.values import without_password
+from hpo.values import misspelt, without_password
 
 USED = ("prepare", KNOWN)  # of the script, which is imported only for them
 
@@ -45,6 +47,8 @@ def main() -> int:
     options = arguments()
     given = {"STUDY_DB": options.study_db, "STUDY_NAME": options.study_name}
     settings = Settings.from_env(**{name: value for name, value in given.items() if value})
+    for text in misspelt(os.environ, list(DEFAULTS)):
+        print(text, file=sys.stderr)
     packages.check_optuna()
     if options.copy_from:
         print(copy_study(settings, options.copy_from))

@@ -240,6 +240,7 @@ def test_no_successor_without_progress_or_after_the_last_trial(
 def test_estimate_needs_no_job(job: Path) -> None:
     script = job / "run-optuna-multinode_Turpan.sh"
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    env["TOTAL_TRIAL"] = "7"  # of no effect
     result = subprocess.run(
         ["bash", str(script), "--estimate"], env=env, capture_output=True, text=True, timeout=LIMIT
     )
@@ -248,6 +249,7 @@ def test_estimate_needs_no_job(job: Path) -> None:
     assert "2 (small), 4 tasks, 4 workers" in result.stdout
     assert "assumed: none finished" in result.stdout
     assert "asked for    about" in result.stdout  # of Turpan's bill: tests/test_job.py
+    assert result.stdout.endswith("is TOTAL_TRIALS meant?\n")
     assert not (job / "study.db").exists()
 
 

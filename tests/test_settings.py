@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from common import SCRIPTS, Run
-from hpo.settings import VARIABLES, Settings, UserError
+from hpo.settings import DEFAULTS, VARIABLES, Settings, UserError
 from hpo.study.opening import create_or_open_study
+from hpo.values import misspelt
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,24 @@ def test_scripts_refuse_with_status_2_and_no_traceback(script: str, run: Run) ->
     assert result.returncode == 2
     assert result.stderr.startswith(f"{script}: error: TOTAL_TRIALS='none' is not an integer")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_misspelt_setting_is_told_of_before_a_trial(run: Run) -> None:
+    done = run("init_optuna_db.py", TOTAL_TRIAL="7", seed="1", SEEDS="2")
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "TOTAL_TRIAL is no setting, and changes nothing: is TOTAL_TRIALS meant?",
+        "seed is no setting, and changes nothing: is SEED meant?",
+    ]
+    assert "0 of 500 trials" in done.stdout
+
+
+def test_the_other_variables_of_a_job_are_not_taken_for_settings() -> None:
+    """Those that the launch scripts read and Slurm sets."""
+    text = "".join(path.read_text() for path in SCRIPTS.glob("**/*.sh"))
+    found = set(re.findall(r"\b[A-Z][A-Z_]{3,}\b", text))
+    assert {"SLURM_JOB_ID", "DRAIN_FILE"} <= found
+    assert misspelt(found, list(DEFAULTS)) == []
 
 
 def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

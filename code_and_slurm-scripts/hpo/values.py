@@ -8,7 +8,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from hashlib import sha1
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,7 @@ SQLITE_PREFIX = "sqlite:///"
 OWN_SERVER = "postgresql:job"  # a PostgreSQL that runs inside the job (hpo/job/own_server.sh)
 # Besides sqlite; see hpo/study/opening.py.
 SERVER_URLS = ("postgresql", "postgres", "mysql", "journal", "grpc")
-
-
+NEARLY = 0.9  # how alike two names are (difflib's ratio): TOTAL_TRIAL, PRUNNER; not SEEDS and SEED
 SITE_FAULT = 75  # exit status; "temporary failure, try again later" in sysexits.h
 
 
@@ -54,6 +54,15 @@ def end_of(error: UserError | OSError) -> int:
     text = without_password(error)  # a driver may say to what it could not connect
     print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
     return status
+
+
+def misspelt(given: Iterable[str], names: Sequence[str]) -> list[str]:
+    """Return a line for each variable whose name is nearly that of a setting."""
+    said = []
+    for name in sorted(set(given).difference(names)):
+        if near := get_close_matches(name.upper(), names, 1, NEARLY):
+            said.append(f"{name} is no setting, and changes nothing: is {near[0]} meant?")
+    return said
 
 
 def choice(env: Mapping[str, str], name: str, legal: Sequence[str]) -> str:

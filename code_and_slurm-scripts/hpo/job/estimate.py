@@ -12,14 +12,16 @@ GPUs are free.  Of another site's bill it knows nothing, and shows what is asked
 from __future__ import annotations
 
 import math
+import os
 import re
 import statistics
 import sys
 from pathlib import Path
 
-from hpo.settings import Settings, UserError, run_script
+from hpo.settings import DEFAULTS, Settings, UserError, run_script
 from hpo.study.opening import open_study
 from hpo.study.trials import count
+from hpo.values import misspelt
 from hpo.words import duration
 
 CORES_PER_NODE = 80
@@ -130,6 +132,8 @@ def main() -> int:
     print(f"per trial    {each:.1f} s ({source})")
     print(f"time         about {duration(total)} in {jobs} job(s) {most}")
     print(cost(options, nodes, tasks, total))
+    for text in misspelt(os.environ, list(DEFAULTS)):
+        print(text)
     return 0
 
 

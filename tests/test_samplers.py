@@ -21,9 +21,8 @@ import space_for_tests
 from common import HELPERS, LIMIT, SCRIPTS, Run, wait_for
 from hpo import settings
 from hpo.script import Script
-from hpo.search import given, remembered, samplers, space
+from hpo.search import remembered, samplers, space
 from hpo.search.pruners import make_pruner
-from hpo.search.remembered import Plan
 from hpo.settings import Settings, UserError
 from hpo.study.opening import create_or_open_study, open_study
 from hpo.words import shown
@@ -268,16 +267,6 @@ def test_pruners_with_epochs_searched(pruner: str) -> None:
         states.setdefault(hopeless, []).append(state)
     pruned = states[True].count(TrialState.PRUNED)
     assert pruned > 0 if pruner != "none" else pruned == 0
-
-
-def test_who_lets_gp_learn_from_few_trials_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(given.log, "info", lambda text, *words: said.append(text % words))
-    for sampler, pruner in (("gp", "none"), ("tpe", "halving"), ("gp", "halving")):
-        found = Settings.from_env(SAMPLER=sampler, PRUNER=pruner)
-        given.equip(optuna.create_study(), found, Plan())
-    assert len(said) == 1
-    assert "PRUNER=none" in said[0]
 
 
 def test_several_objectives_run_on_mnist_and_show_their_front(run: Run) -> None:

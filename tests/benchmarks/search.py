@@ -57,7 +57,7 @@ METHODS = {
     "new": NEW,
     "new, finals": {**NEW, "FINAL_SEEDS": "3"},  # paid out of the same budget
     "new, known": {**NEW, "KNOWN": "1"},  # known_good(), or FROM_STUDY (search_problems.py)
-    "gp": {"SAMPLER": "gp", "PRUNER": "none"},  # it learns from complete trials alone
+    "gp": {**NEW, "SAMPLER": "gp"},
 }
 GP_WORKERS = 4  # with more of them its suggestions take hours
 SPLIT = ("old, halving", "new, median")  # which part of new it is

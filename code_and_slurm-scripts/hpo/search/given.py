@@ -22,8 +22,8 @@ from hpo.search.pruners import make_pruner
 from hpo.search.remembered import Plan
 from hpo.search.samplers import make_sampler, sampler_seed
 from hpo.settings import Settings
-from hpo.study.optuna_private import storage_of, study_id, without
-from hpo.study.trials import FINAL_OF, is_final
+from hpo.study.optuna_private import as_seen, storage_of, study_id
+from hpo.study.trials import FINAL_OF, is_final, searched
 from hpo.words import logger, with_tuples
 
 log = logger("hpo.worker")
@@ -47,7 +47,7 @@ class GivenFirst(BaseSampler):
         return self._known[trial.number] if trial.number < len(self._known) else {}
 
     def _seen(self, study: optuna.Study) -> optuna.Study:
-        return without(study, is_final) if self._finals else study
+        return as_seen(study, searched) if self._finals else study
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -99,7 +99,7 @@ class FinalsAreWhole(BasePruner):
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Ask the other pruner about a trial of the search."""
-        return not is_final(trial) and self._pruner.prune(without(study, is_final), trial)
+        return not is_final(trial) and self._pruner.prune(as_seen(study, searched), trial)
 
 
 def equip(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
@@ -114,8 +114,6 @@ def equip(study: optuna.Study, settings: Settings, plan: Plan) -> Settings:
     if len(study.directions) > 1 and settings.pruner != "none":
         log.info("several objectives: nothing is pruned (PRUNER=%s is not used)", settings.pruner)
         settings = replace(settings, pruner="none", pruner_options={})
-    if settings.sampler == "gp" and settings.pruner != "none":
-        log.info("SAMPLER=gp learns from complete trials alone: PRUNER=none leaves it all of them")
     study.pruner = GuardedPruner(make_pruner(settings))
     if final:
         study.pruner = FinalsAreWhole(study.pruner)

@@ -8,7 +8,7 @@
     grid        finite, one product        each combination once, by the trial's number
     bruteforce  finite, any branches       each combination once, by the trial's number
     cmaes       numeric                    generations; all numbers, so that it moves all of them
-    gp          numeric                    the same, but it learns from complete trials alone
+    gp          numeric                    each has a seed of its own and sees all trials (gp.py)
 
 A script's search_space(trial) asks `space_form()` which form to give; space.py lists the
 combinations, remembered.py keeps the space and refuses to mix two in one study.
@@ -33,6 +33,7 @@ from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.trial import FrozenTrial
 
 from hpo import packages
+from hpo.search.gp import GPOfAll
 from hpo.search.space import Space, value_at
 from hpo.search.tpe import CompleteTPE
 from hpo.settings import Settings, UserError
@@ -247,7 +248,7 @@ def make_sampler(
             "random": (samplers.RandomSampler, {}),
             "cmaes": (samplers.CmaEsSampler, {"with_margin": True}),
             "nsgaii": (samplers.NSGAIISampler, {"population_size": POPULATION}),
-            "gp": (samplers.GPSampler, {"deterministic_objective": False}),
+            "gp": (GPOfAll, {"deterministic_objective": False}),
         }
         kind, defaults = kinds[name]
         sampler = construct(variable, kind, options, seed=seed, **defaults)

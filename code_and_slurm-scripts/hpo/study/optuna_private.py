@@ -9,7 +9,7 @@ version a name may be gone, or mean something else, in the middle of a study.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import Any, cast
 
 import optuna
@@ -21,11 +21,11 @@ __all__ = [
     "FrozenStudy",
     "ProxyOfChannel",
     "add_storage",
+    "as_seen",
     "storage_of",
     "study_id",
     "trial_id",
     "with_trial_id",
-    "without",
 ]
 
 
@@ -102,21 +102,25 @@ class _Stub:
         return lambda request: self._proxy.call(method, request)
 
 
-def without(study: optuna.Study, hidden: Callable[[FrozenTrial], bool]) -> optuna.Study:
-    """Return the study as it is without some of its trials, for a sampler or a pruner.
+def as_seen(
+    study: optuna.Study, change: Callable[[Sequence[FrozenTrial]], list[FrozenTrial]]
+) -> optuna.Study:
+    """Return the study with its trials as `change` returns them, for a sampler or a pruner.
 
     Hyperband gives samplers a view of its own, made for one call, which cannot be copied.
     """
     view = copy.copy(study) if type(study) is optuna.Study else study
-    view._storage = cast("BaseStorage", _Hiding(study._storage, hidden))
+    view._storage = cast("BaseStorage", _Seen(study._storage, change))
     return view
 
 
-class _Hiding:
-    """A storage without some of the trials."""
+class _Seen:
+    """A storage whose trials are what `change` makes of them."""
 
-    def __init__(self, storage: BaseStorage, hidden: Callable[[FrozenTrial], bool]) -> None:
-        self._storage, self._hidden = storage, hidden
+    def __init__(
+        self, storage: BaseStorage, change: Callable[[Sequence[FrozenTrial]], list[FrozenTrial]]
+    ) -> None:
+        self._storage, self._change = storage, change
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
@@ -127,5 +131,5 @@ class _Hiding:
         deepcopy: bool = True,
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
-        found = self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states)
-        return [trial for trial in found if not self._hidden(trial)]
+        found = self._change(self._storage.get_all_trials(study_id, deepcopy=deepcopy))
+        return found if states is None else [trial for trial in found if trial.state in states]

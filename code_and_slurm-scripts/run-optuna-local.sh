@@ -33,6 +33,11 @@ logs=$PWD/logs
 cd code_and_slurm-scripts
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # hpo, for a script in a subfolder
 run_python=("$python")
+hidden=$("$python" -I hpo/job/hidden.py)
+if [[ -n $hidden ]]; then
+    echo "error: $hidden" >&2
+    exit 2
+fi
 if [[ $STUDY_DB == postgresql:job ]]; then
     trap stop_own_server EXIT
     start_own_server "$logs/local.server.out"

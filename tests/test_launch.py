@@ -253,6 +253,24 @@ def test_estimate_needs_no_job(job: Path) -> None:
     assert not (job / "study.db").exists()
 
 
+@pytest.mark.parametrize("name", ["optuna.py", "random.py", "types.py", "numpy/__init__.py"])
+def test_a_file_that_hides_a_module_is_named(name: str, job: Path) -> None:
+    (job / name).parent.mkdir(exist_ok=True)
+    (job / name).write_text("x = 1\n")
+    result = sbatch(job)
+    assert result.returncode == 2
+    hidden = name.split("/")[0]
+    says = f"error: {hidden} in {job} hides the module of that name, which all need: rename it"
+    assert result.stderr.splitlines() == [says]
+
+
+def test_a_file_with_the_name_of_a_module_that_nobody_needs_is_no_error(job: Path) -> None:
+    for name in ("chess.py", "turtle.py", "test.py", "hpo.py"):
+        (job / name).write_text("x = 1\n")
+    program = [sys.executable, "-I", "hpo/job/hidden.py"]
+    assert subprocess.run(program, cwd=job, capture_output=True).stdout == b""
+
+
 def test_dead_worker_is_started_again_three_times(tmp_path: Path) -> None:
     worker = tmp_path / "worker.sh"
     worker.write_text(f"echo x >>{tmp_path}/starts; kill -9 $$")

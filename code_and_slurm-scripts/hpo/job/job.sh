@@ -96,7 +96,9 @@ check_settings() {
     export WORKERS_PER_GPU="${WORKERS_PER_GPU:-1}"        # a task per GPU; each starts so many workers
     export PYTHONPATH=$scripts${PYTHONPATH:+:$PYTHONPATH} # hpo, for a script in a subfolder
     export CONTAINER BINDS PY_SCRIPT STUDY_DB STUDY_NAME TOTAL_TRIALS SAMPLER PRUNER
-    local result=0
+    local result=0 hidden
+    hidden=$("${run_python[@]}" -I hpo/job/hidden.py 2>/dev/null) || true # the next one will tell
+    [[ -z $hidden ]] || die "$hidden"
     job_settings=$("${run_python[@]}" -m hpo.job.begin) || result=$?
     case $result in
         0) ;;

@@ -77,6 +77,7 @@ def test_choices_that_no_other_worker_could_read_are_refused(choice: Any) -> Non
     with pytest.raises(UserError, match="the choices of layers must be numbers, wor") as caught:
         explore(lambda trial: trial.suggest_categorical("layers", [choice, 1]))
     assert len(str(caught.value).splitlines()) == 1
+    assert str(caught.value).endswith(".tolist()") == isinstance(choice, np.generic)
 
 
 @pytest.mark.filterwarnings("ignore:Choices for a categorical")

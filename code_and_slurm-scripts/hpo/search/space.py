@@ -82,10 +82,13 @@ def check_choices(space: Space, tuples: bool = True) -> None:
         for choice in getattr(distribution, "choices", ()):
             parts = choice if isinstance(choice, tuple) and tuples else (choice,)
             if not all(type(part) in plain for part in parts):
+                cure = "suggest a word, and look up what it stands for in a dictionary"
+                if hasattr(parts[0], "tolist"):
+                    cure = "numpy's become such with .tolist()"
                 raise UserError(
                     f"search_space: the choices of {name} must be numbers, words, True, False or "
                     f"None{', or tuples of them' * tuples}, not {one_line(repr(choice), 60)}; "
-                    "suggest a word, and look up what it stands for in a dictionary"
+                    f"{cure}"
                 )
 
 

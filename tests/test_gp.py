@@ -11,7 +11,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.search import samplers
-from hpo.search.gp import with_stopped
+from hpo.search.stopped import with_stopped
 from hpo.settings import Settings
 
 COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
@@ -75,6 +75,17 @@ def test_a_stopped_trial_gains_what_complete_ones_have_gained_since(sign: float)
     assert found[:3] == [sign * row[1] for row in whole]
     assert found[3:] == [pytest.approx(sign * v) for v in (0.3, 0.9, 1, 1.2, 1.2, 1.2)] + [None]
     assert [trial.state for trial in trials[3:]] == [PRUNED] * 7  # the study's own are as they were
+
+
+def test_with_constraints_it_is_as_in_optuna() -> None:
+    study = optuna.create_study()
+    for bound in (-1.0, 1.0):
+        trial = study.ask(RANGE)
+        trial.report(1.0, 0)
+        trial.set_constraint("bound", bound)
+        study.tell(trial, 1.0)
+    study.add_trial(ended(PRUNED, 0.1, [2.0], None))
+    assert with_stopped(study.trials, 1.0)[2].state == PRUNED
 
 
 def test_without_a_complete_trial_the_last_report_counts() -> None:

@@ -19,7 +19,7 @@ from hpo.script import Script
 from hpo.search import pruners, samplers
 from hpo.search.remembered import adopt_space, plan_of
 from hpo.search.space import combinations, explore, value_at
-from hpo.search.tpe import CompleteTPE
+from hpo.search.stopped import CompleteTPE
 from hpo.settings import Settings, UserError
 from hpo.study.opening import create_or_open_study
 
@@ -250,8 +250,16 @@ def test_fixed_parameters_are_held_fast() -> None:
         ({"SAMPLER": "tpe:startup=3"}, "SAMPLER=tpe: startup is no option; there are: "),
         ({"SAMPLER": "tpe:seed=3"}, "seed is no option"),
         ({"SAMPLER": "tpe:gamma=3"}, "gamma is no option"),
-        ({"SAMPLER": "tpe:count_pruned=yes"}, "count_pruned='yes' is neither True nor False"),
+        ({"SAMPLER": "tpe:count_pruned=yes"}, "count_pruned='yes' is not True or False"),
+        ({"SAMPLER": "tpe:multivariate=1"}, "multivariate=1 is not True or False"),
+        ({"SAMPLER": "tpe:weights=3"}, "weights is no option"),
+        ({"SAMPLER": "tpe:n_ei_candidates=0"}, "SAMPLER=tpe cannot work with these options: Ind"),
+        ({"SAMPLER": "tpe:n_startup_trials=99,n_ei_candidates=0"}, "cannot work with these opt"),
         ({"SAMPLER": "nsgaii:population_size=1"}, "SAMPLER=nsgaii: "),
+        ({"SAMPLER": "gp:n_startup_trials=few"}, "n_startup_trials='few' is not a whole number"),
+        ({"SAMPLER": "qmc:space=3"}, "space is no option; there are none"),
+        ({"PRUNER": "hyperband:max_resource=0"}, "PRUNER=hyperband cannot work with these opt"),
+        ({"PRUNER": "wilcoxon:p_threshold=True"}, "p_threshold=True is not a number"),
     ],
 )
 def test_options_are_checked_before_the_first_trial(env: dict[str, str], says: str) -> None:
@@ -259,6 +267,24 @@ def test_options_are_checked_before_the_first_trial(env: dict[str, str], says: s
         pruners.check_search(Settings.from_env(**env))
     assert says in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SAMPLER": "tpe:multivariate=True,group=True,n_startup_trials=200", "FIX": "a=3"},
+        {"SAMPLER": "tpe:prior_weight=1,multivariate=None"},
+        {"SAMPLER": "cmaes:popsize=8,sigma0=0.1"},
+        {"SAMPLER": "gp:n_startup_trials=0"},
+        {"SAMPLER": "grid", "PRUNER": "hyperband:max_resource=auto"},
+        {"PRUNER": "hyperband:max_resource=9"},
+    ],
+)
+def test_options_that_optuna_takes_are_taken(
+    env: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    pruners.check_search(Settings.from_env(**env))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_options_reach_optuna() -> None:

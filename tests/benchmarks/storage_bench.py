@@ -126,8 +126,8 @@ def _trace(storage: Any, callback: Callable[[str], None]) -> None:
 def overhead() -> None:
     """Milliseconds that a trial costs beside its training, with 500 and 5 000 trials behind it.
 
-    Ours has the bundle's TPE (hpo/tpe.py), which suggests the same as Optuna's, which the others
-    have; "in memory" is either without any storage. The random sampler shows the storage alone.
+    Ours has the bundle's TPE (hpo/search/stopped.py), the others have Optuna's; "in memory" is
+    either without any storage.  The random sampler shows the storage alone.
     """
     for past in (500, 5000):
         trials = past_trials(past)

@@ -15,18 +15,26 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import optuna
 from optuna import pruners
+from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.search.samplers import check_packages, construct, make_sampler
-from hpo.settings import Settings
+from hpo.search.options import construct
+from hpo.search.samplers import check_packages, make_sampler
+from hpo.search.space import Space, quiet_study
+from hpo.settings import Settings, UserError
 from hpo.study.cache import Follower
+from hpo.words import one_line
 
+TRIED = 15  # trials, and steps of each; ten of TPE's are random
+TRY: Space = {"x": FloatDistribution(0, 1), "n": IntDistribution(1, 9)}
 MOST_STEPS = 32  # whose reports are remembered
 
 
@@ -187,6 +195,36 @@ def check_search(settings: Settings) -> None:
     check_packages(settings)
     make_sampler(settings, None)
     make_pruner(settings)
+    if settings.sampler_options or settings.pruner_options:
+        _try_out(settings)
+
+
+def _try_out(settings: Settings) -> None:
+    """Run a few trials of nothing, in memory: many a value is refused by Optuna only then."""
+    study = quiet_study()
+    study.pruner = make_pruner(settings)
+    if given := dict(settings.sampler_options):
+        if "n_startup_trials" in given:
+            given["n_startup_trials"] = min(2, given["n_startup_trials"])
+        study.sampler = make_sampler(replace(settings, fixed={}, sampler_options=given), 0)
+    for _ in range(TRIED):
+        with _refused("SAMPLER", settings.sampler):
+            trial = study.ask(TRY)
+        for step in range(TRIED):
+            trial.report(trial.params["x"] / (step + 1), step)
+            with _refused("PRUNER", settings.pruner):
+                if trial.should_prune():
+                    break
+        study.tell(trial, trial.params["x"])
+
+
+@contextmanager
+def _refused(variable: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{variable}={name} cannot work with these options: {reason}") from error
 
 
 def make_pruner(settings: Settings) -> BasePruner:

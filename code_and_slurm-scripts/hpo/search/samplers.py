@@ -1,25 +1,26 @@
 """SAMPLER → Optuna's sampler, made fit for many workers on one study.
 
     SAMPLER     form of the search space   how workers share it
-    tpe         choices                    each has a seed of its own and sees all trials (tpe.py)
+    tpe         choices                    each has a seed of its own and sees all trials
     random      choices                    each has a seed of its own
     qmc         choices                    trial n takes point n of one Sobol' sequence
     nsgaii      choices                    generations of POPULATION trials
     grid        finite, one product        each combination once, by the trial's number
     bruteforce  finite, any branches       each combination once, by the trial's number
     cmaes       numeric                    generations; all numbers, so that it moves all of them
-    gp          numeric                    each has a seed of its own and sees all trials (gp.py)
+    gp          numeric                    each has a seed of its own and sees all trials
+
+What tpe and gp make of trials that were stopped is in stopped.py.
 
 A script's search_space(trial) asks `space_form()` which form to give; space.py lists the
 combinations, remembered.py keeps the space and refuses to mix two in one study.
 
-SAMPLER=tpe:n_startup_trials=20 hands options on to Optuna's constructor.  The names alone are
-checked in settings.py, which needs no Optuna.
+SAMPLER=tpe:n_startup_trials=20 hands options on to Optuna's constructor (options.py).  The names
+alone are checked in settings.py, which needs no Optuna.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -33,12 +34,11 @@ from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.trial import FrozenTrial
 
 from hpo import packages
-from hpo.search.gp import GPOfAll
+from hpo.search.options import construct
 from hpo.search.space import Space, value_at
-from hpo.search.tpe import CompleteTPE
-from hpo.settings import Settings, UserError
+from hpo.search.stopped import CompleteTPE, GPOfAll
+from hpo.settings import Settings
 from hpo.study.trials import searched
-from hpo.words import one_line
 
 FINITE = ("grid", "bruteforce")
 NUMERIC = ("cmaes", "gp")
@@ -61,22 +61,6 @@ def check_packages(settings: Settings) -> None:
     """Raise UserError, with the command that installs it, if a package is missing."""
     for variable, name in (("SAMPLER", settings.sampler), ("PRUNER", settings.pruner)):
         packages.need(f"{variable}={name}", *NEEDS.get((variable, name), ()))
-
-
-def construct(variable: str, kind: type, options: Mapping[str, Any], **defaults: Any) -> Any:
-    """Return kind(**defaults, **options).
-
-    Raises:
-        UserError: an option is unknown, or its value is refused.
-    """
-    legal = [name for name in inspect.signature(kind).parameters if name != "seed"]
-    if unknown := [name for name in options if name not in legal]:
-        raise UserError(f"{variable}: {unknown[0]} is no option; there are: {', '.join(legal)}")
-    warnings.filterwarnings("ignore", category=ExperimentalWarning)
-    try:
-        return kind(**{**defaults, **options})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{variable}: {one_line(error)}") from error
 
 
 class _Independent(BaseSampler):

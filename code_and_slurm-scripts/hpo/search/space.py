@@ -40,7 +40,7 @@ def explore(search_space: SearchSpace) -> Space:
     Raises:
         UserError: search_space fails, or a parameter's choices cannot be kept in a study.
     """
-    study = _study()
+    study = quiet_study()
     space: Space = {}
     seen: set[tuple[int, ...]] = {()}
     paths: list[list[int]] = [[]]
@@ -99,7 +99,7 @@ def combinations(search_space: SearchSpace, sampler: str) -> list[dict[str, Any]
         UserError: a parameter is continuous, there are too many, or a grid has branches.
     """
     found = []
-    study = _study()
+    study = quiet_study()
     path: list[int] | None = []
     while path is not None:
         notes = _Notes(path, study)
@@ -121,7 +121,7 @@ def combinations(search_space: SearchSpace, sampler: str) -> list[dict[str, Any]
     return found
 
 
-def _study() -> optuna.Study:
+def quiet_study() -> optuna.Study:
     """Return a study in memory, of which Optuna says nothing."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -250,7 +250,7 @@ class _Drawn(_Notes):
 
 def check_takes_some(search_space: SearchSpace, given: Mapping[str, Any]) -> None:
     """Raise UserError for a search_space that refuses whatever is drawn beside what is given."""
-    study, chance = _study(), random.Random(0)
+    study, chance = quiet_study(), random.Random(0)
     for _ in range(MOST_TRIES):
         try:
             if not _Drawn(given, study, chance).ask(search_space):
@@ -265,7 +265,7 @@ def check_takes_some(search_space: SearchSpace, given: Mapping[str, Any]) -> Non
 
 def misfit(search_space: SearchSpace, given: Mapping[str, Any]) -> str:
     """Return why a configuration, or a part of one, is not in the space; "" if it is."""
-    trial = _Given(given, _study())
+    trial = _Given(given, quiet_study())
     try:
         refused = trial.ask(search_space)
     except UserError as error:

@@ -14,6 +14,7 @@ import known_for_tests
 import optuna_command
 from common import HELPERS, SCRIPTS, Run
 from hpo.script import Script
+from hpo.search.given import GivenFirst
 from hpo.search.known import KNOWN, begin_with, first_trials, known_for
 from hpo.search.remembered import plan_of
 from hpo.search.samplers import assign
@@ -110,9 +111,26 @@ def test_a_study_that_has_begun_takes_nothing_more(
     assert "the study has begun without them" in caplog.text
 
 
+def test_a_given_value_is_of_the_kind_that_is_suggested() -> None:
+    """As a table or a JSON file may have it: 64.0, "0.5"; nothing but 64 is a batch size."""
+    given: dict[str, Any] = {"n": 64.0, "x": "0.5", "f": 1, "c": 16.0, "b": 1}
+    sampler = GivenFirst(optuna.samplers.RandomSampler(), [given], finals=False)
+    trial = optuna.create_study(sampler=sampler).ask()
+    values = [
+        trial.suggest_int("n", 16, 128),
+        trial.suggest_float("x", 0, 1),
+        trial.suggest_float("f", 0, 1),
+        trial.suggest_categorical("c", [8, 16]),
+        trial.suggest_categorical("b", [False, True]),
+    ]
+    assert [(type(value), value) for value in values] == [
+        (int, 64), (float, 0.5), (float, 1.0), (int, 16), (bool, True),
+    ]  # fmt: skip
+
+
 def test_file_fix_and_parts(tmp_path: Path) -> None:
     path = tmp_path / "good.json"
-    path.write_text(json.dumps([{"layers": [8, 8]}, *FIRST]))
+    path.write_text(json.dumps([{"layers": [8, 8]}, *FIRST]), encoding="utf-8-sig")  # Windows'
     assert found(KNOWN_GOOD=str(path)) == [*FIRST, {"layers": (8, 8)}]
     path.with_name("bad.json").write_text("[{]")
     for name, says in (("bad.json", "is no JSON"), ("none.json", "there is no file")):

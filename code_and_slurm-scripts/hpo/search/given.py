@@ -70,8 +70,8 @@ class GivenFirst(BaseSampler):
     ) -> Any:
         """Return what is given, or ask the other sampler."""
         given = self._given(study, trial)
-        if name in given:
-            return given[name]
+        if name in given:  # 64 for the 64.0 of a table or of JSON, where a whole number is wanted
+            return distribution.to_external_repr(distribution.to_internal_repr(given[name]))
         return self._sampler.sample_independent(self._seen(study), trial, name, distribution)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:

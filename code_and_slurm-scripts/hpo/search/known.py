@@ -130,7 +130,7 @@ def _of_script(script: Script) -> Any:
 
 def _of_file(path: Path | None) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path else []
+        return json.loads(path.read_text(encoding="utf-8-sig")) if path else []
     except ValueError as error:
         raise UserError(f"KNOWN_GOOD: {path} is no JSON: {one_line(error)}") from error
 

@@ -348,6 +348,28 @@ def test_csv_has_every_trial_and_every_report(study: optuna.Study, tmp_path: Pat
         write_csv(study, Settings.from_env(), ["loss"], tmp_path / "all.csv" / "x.csv")
 
 
+def test_csv_replaces_an_older_one_alone(study: optuna.Study, tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        write_csv(study, Settings.from_env(), ["loss"], path)
+
+    write(tmp_path / "all.csv")
+    study.add_trial(optuna.create_trial(value=0.5))
+    write(tmp_path / "all.csv")
+    assert "0.5" in (tmp_path / "all.csv").read_text()
+    (tmp_path / "link.csv").symlink_to("all.csv")
+    study.add_trial(optuna.create_trial(value=0.75))
+    write(tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert "0.75" in (tmp_path / "all.csv").read_text()
+    (tmp_path / "my.py").write_text("number = 3\n")
+    (tmp_path / "new-curves.csv").write_bytes(b"\xff\xfe")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in (tmp_path / "my.py", tmp_path / "new.csv", tmp_path, Path("/dev/null")):
+        with pytest.raises(UserError, match="is there already, and is no table of trials"):
+            write(path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_csv_keeps_any_text_and_runs_nothing(study: optuna.Study, tmp_path: Path) -> None:
     texts = {
         "plain": 'a, "b"\nc; d',

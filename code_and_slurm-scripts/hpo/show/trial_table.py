@@ -34,9 +34,11 @@ def write_csv(
     as a formula (=, +, -, @) has a ' before it, which makes it a text there, too.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: they cannot be written, or would replace what is no such table.
     """
     curves = path.with_name(f"{path.stem}-curves{path.suffix}")
+    for file in (path, curves):
+        _check_free(file)
     trials = study.get_trials(deepcopy=False)
     reports: list[list[Cell]] = [
         [trial.number, step, float(value)]
@@ -50,13 +52,23 @@ def write_csv(
             (curves, [["number", "step", "value"], *reports]),
         ):
             with (
-                whole(file, durable=False) as temporary,
+                whole(file.resolve(), durable=False) as temporary,  # a link stays one
                 temporary.open("w", encoding="utf-8-sig", newline="") as stream,
             ):
                 csv.writer(stream).writerows(map(_harmless, line) for line in lines)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path, curves
+
+
+def _check_free(path: Path) -> None:
+    """Raise UserError if there is something by that name, and it is no table of an earlier call."""
+    if path.is_file():
+        with path.open(encoding="utf-8-sig", errors="replace") as stream:
+            if stream.readline().partition(",")[0] in ("number", ""):
+                return
+    if path.exists():
+        raise UserError(f"{path} is there already, and is no table of trials: give another name")
 
 
 def _harmless(cell: Cell) -> Cell:

@@ -66,15 +66,23 @@ def test_values_of_another_kind_are_left_out() -> None:
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_stopped_trial_gains_what_complete_ones_have_gained_since(sign: float) -> None:
-    """And one that has diverged is as bad as the worst report of a complete one."""
+    """And one that has diverged is as bad as the worst that has not, or 20 times the median."""
     whole = [[1.0, 0.4], [1.2, 0.8], [0.9, 0.5]]
     trials = [ended(COMPLETE, 0.1, [sign * v for v in row], sign * row[1]) for row in whole]
-    stopped = [[0.7], [1.0, 0.9], [1.0, 0.9, 1.0], [1e30], [math.inf], [math.nan], []]
+    stopped = [[0.7], [1.0, 0.9], [1.0, 0.9, 1.0], [math.inf], [math.nan], []]
     trials += [ended(PRUNED, 0.2, [sign * v for v in row], None) for row in stopped]
     found = [trial.value for trial in with_stopped(trials, sign)]
     assert found[:3] == [sign * row[1] for row in whole]
-    assert found[3:] == [pytest.approx(sign * v) for v in (0.3, 0.9, 1, 1.2, 1.2, 1.2)] + [None]
-    assert [trial.state for trial in trials[3:]] == [PRUNED] * 7  # the study's own are as they were
+    assert found[3:] == [pytest.approx(sign * v) for v in (0.3, 0.9, 1, 1, 1)] + [None]
+    assert [trial.state for trial in trials[3:]] == [PRUNED] * 6  # the study's own are as they were
+    far = with_stopped([*trials, ended(PRUNED, 0.2, [sign * 1e30], None)], sign)[-1]
+    assert far.value == pytest.approx(sign * (0.3 + 20 * (0.8 - 0.3)))
+
+
+def test_where_half_of_all_are_best_the_others_still_differ() -> None:
+    trials = [ended(COMPLETE, 0.1, [0.0], 0.0) for _ in range(5)]
+    trials += [ended(PRUNED, 0.2, [value], None) for value in (1.0, 2.0, math.nan)]
+    assert [t.value for t in with_stopped(trials, 1.0)][5:] == [1.0, 2.0, 2.0]
 
 
 def test_with_constraints_it_is_as_in_optuna() -> None:
@@ -89,8 +97,10 @@ def test_with_constraints_it_is_as_in_optuna() -> None:
 
 
 def test_without_a_complete_trial_the_last_report_counts() -> None:
+    none = [ended(PRUNED, 0.1, [math.nan], None)]
+    assert [trial.value for trial in with_stopped(none, 1.0)] == [math.inf]
     trials = [ended(PRUNED, 0.1, [2.0, 1.5], None), ended(PRUNED, 0.1, [math.nan], None)]
-    assert [trial.value for trial in with_stopped(trials, 1.0)] == [1.5, math.inf]
+    assert [trial.value for trial in with_stopped(trials, 1.0)] == [1.5, 1.5]
 
 
 def test_trials_that_report_nothing_change_nothing() -> None:

@@ -32,6 +32,7 @@ from hpo.search.space import Space
 from hpo.study.optuna_private import as_seen
 
 MOST = 25  # good trials, as in Optuna
+FAR = 20
 _OPTIONS = inspect.signature(TPESampler).parameters.values()
 _COUNT_PRUNED = inspect.Parameter(
     "count_pruned", inspect.Parameter.KEYWORD_ONLY, default=False, annotation="bool"
@@ -109,21 +110,19 @@ def with_stopped(trials: Sequence[FrozenTrial], sign: float) -> list[FrozenTrial
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if not all(_returned_a_report(t) and not t.constraints for t in complete):
         return list(trials)
-    reports = [sign * v for trial in complete for v in trial.intermediate_values.values()]
-    worst = max(filter(math.isfinite, reports), default=math.inf)
     gains: dict[int, float] = {}
-    found = []
-    for trial in trials:
-        step = trial.last_step if trial.state == TrialState.PRUNED else None
-        if step is not None:
+    ends: dict[int, float] = {}  # of stopped trials, by their place; the lower the better
+    for place, trial in enumerate(trials):
+        step = trial.last_step
+        if trial.state == TrialState.PRUNED and step is not None:
             if step not in gains:
                 gains[step] = _gain(complete, step)
-            value = sign * (trial.intermediate_values[step] + gains[step])
-            # What diverges is as bad as can be, and no worse; in this order for NaN, too.
-            found.append(_complete(trial, sign * min(worst, value)))
-        else:
-            found.append(trial)
-    return found
+            ends[place] = sign * (trial.intermediate_values[step] + gains[step])
+    worst = _worst([*ends.values(), *(sign * t.value for t in complete if t.value is not None)])
+    return [  # min in this order: NaN becomes the worst, too
+        _complete(trial, sign * min(worst, ends[place])) if place in ends else trial
+        for place, trial in enumerate(trials)
+    ]
 
 
 def _returned_a_report(trial: FrozenTrial) -> bool:
@@ -137,6 +136,18 @@ def _gain(complete: Sequence[FrozenTrial], step: int) -> float:
     gains = [last - then for last, then in both if last is not None and then is not None]
     finite = list(filter(math.isfinite, gains))
     return statistics.median(finite) if finite else 0.0
+
+
+def _worst(ends: list[float]) -> float:
+    """Return what a diverged training counts as: beside 1e30 all others would look the same.
+
+    The worst there is, if it is not FAR times as far from the best as the median.
+    """
+    finite = sorted(filter(math.isfinite, ends))
+    if not finite:
+        return math.inf
+    best, middle = finite[0], statistics.median(finite)
+    return min(finite[-1], best + FAR * (middle - best)) if middle > best else finite[-1]
 
 
 def _complete(trial: FrozenTrial, value: float) -> FrozenTrial:

@@ -58,7 +58,9 @@ METHODS = {
     "new, finals": {**NEW, "FINAL_SEEDS": "3"},  # paid out of the same budget
     "new, known": {**NEW, "KNOWN": "1"},  # known_good(), or FROM_STUDY (search_problems.py)
     "gp": {**NEW, "SAMPLER": "gp"},
+    "gp, whole": {"SAMPLER": "gp", "PRUNER": "none"},
 }
+GP = ("gp", "gp, whole")
 GP_WORKERS = 4  # with more of them its suggestions take hours
 SPLIT = ("old, halving", "new, median")  # which part of new it is
 RESAMPLINGS = 2000
@@ -180,7 +182,7 @@ def parts(seeds: int, workers: Sequence[int], folder: str) -> Iterable[Part]:
         return
     if 16 in workers:
         title = f"mnist, 16 workers, {BUDGETS[16]} full trainings; chosen by {seeds} seeds from 0"
-        chosen = {name: METHODS[name] for name in METHODS if name != "gp"}
+        chosen = {name: METHODS[name] for name in METHODS if name not in GP}
         yield Part(title, ["mnist"], 16, range(seeds), chosen)
     for number in workers:
         size = f"{number} workers, {BUDGETS[number]} full trainings"
@@ -194,7 +196,7 @@ def parts(seeds: int, workers: Sequence[int], folder: str) -> Iterable[Part]:
 
 def confirming(workers: int) -> dict[str, dict[str, str]]:
     """Return the methods that are measured on other seeds than those they were chosen by."""
-    left_out = SPLIT if workers <= GP_WORKERS else (*SPLIT, "gp")
+    left_out = SPLIT if workers <= GP_WORKERS else (*SPLIT, *GP)
     return {name: method for name, method in METHODS.items() if name not in left_out}
 
 

@@ -137,7 +137,7 @@ def test_tasks_have_the_settings_of_the_batch_script(job: Path, export: str) -> 
     """Whatever --export of sbatch and the site's TaskProlog make of the environment."""
     result = sbatch(job, SLURM_EXPORT_ENV=export)
     assert result.returncode == 0, result.stderr
-    assert len(record(job).splitlines()) == 9
+    assert len(record(job).splitlines()) == 10
     assert {line.split(" : ")[1] for line in record(job).splitlines()} == {"mine 10 endless"}
     assert "singularity exec --nv --bind /tmpdir,/work" in record(job, ".container")
     assert set(record(job, ".cores").split()) == {"0"}  # nobody leaves one, large as its memory

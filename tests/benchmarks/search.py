@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How good the search is: samplers and pruners in simulated studies, with intervals.
 
-    python tests/benchmarks/search.py                     all of search-figures.txt: half an hour
-    python tests/benchmarks/search.py --seeds 4 --workers 4   a first look: three minutes
+    python tests/benchmarks/search.py                     all of search-figures.txt: an hour
+    python tests/benchmarks/search.py --seeds 4 --workers 4   a first look: five minutes
     python tests/benchmarks/search.py --lcbench FOLDER    printed alone (search_problems.py)
 
 Real samplers and pruners of hpo/search in virtual time (search_simulator.py), on the problems of

@@ -361,8 +361,10 @@ def test_csv_replaces_an_older_one_alone(study: optuna.Study, tmp_path: Path) ->
     write(tmp_path / "link.csv")
     assert (tmp_path / "link.csv").is_symlink()
     assert "0.75" in (tmp_path / "all.csv").read_text()
+    (tmp_path / "all.csv").write_text('"number";"state"\n')  # saved by a spreadsheet
+    write(tmp_path / "all.csv")
     (tmp_path / "my.py").write_text("number = 3\n")
-    (tmp_path / "new-curves.csv").write_bytes(b"\xff\xfe")
+    (tmp_path / "new-curves.csv").write_bytes(b"\n\xff\xfe")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for path in (tmp_path / "my.py", tmp_path / "new.csv", tmp_path, Path("/dev/null")):
         with pytest.raises(UserError, match="is there already, and is no table of trials"):

@@ -20,6 +20,7 @@ from hpo.words import cut, plain, to_json
 
 LOGS = SCRIPTS.parent / "logs"
 MOST_CHARACTERS = 1_200_000  # of the page's table
+OURS = r'"?number"?[,;\t]|\Z'  # how a table begins, also as a spreadsheet saves it; or is empty
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins one in a spreadsheet
 Cell = Any  # a number, a text, True, False; "" where there is none
 
@@ -37,8 +38,6 @@ def write_csv(
         UserError: they cannot be written, or would replace what is no such table.
     """
     curves = path.with_name(f"{path.stem}-curves{path.suffix}")
-    for file in (path, curves):
-        _check_free(file)
     trials = study.get_trials(deepcopy=False)
     reports: list[list[Cell]] = [
         [trial.number, step, float(value)]
@@ -47,6 +46,8 @@ def write_csv(
     ]
     head, rows = table(trials, settings, names)
     try:
+        _check_free(path)
+        _check_free(curves)
         for file, lines in (
             (path, [head, *rows]),
             (curves, [["number", "step", "value"], *reports]),
@@ -65,7 +66,7 @@ def _check_free(path: Path) -> None:
     """Raise UserError if there is something by that name, and it is no table of an earlier call."""
     if path.is_file():
         with path.open(encoding="utf-8-sig", errors="replace") as stream:
-            if stream.readline().partition(",")[0] in ("number", ""):
+            if re.match(OURS, stream.readline()):
                 return
     if path.exists():
         raise UserError(f"{path} is there already, and is no table of trials: give another name")

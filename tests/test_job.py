@@ -223,6 +223,7 @@ def test_each_step_waits_for_a_disk_that_is_full_or_away(job: Path) -> None:
     lines = [line.split(" : ")[0] for line in record(job).splitlines()]
     count = "-m hpo.job.count"
     assert [line for line in lines if "py" in line or line == count] == [
+        "-I hpo/job/hidden.py",
         *(["init_optuna_db.py"] * 2 + [count] * 2 + ["check_cluster.py"] * 2),
         *(["-u my.py"] + [count] + ["check_best_model.py --report"] * 2),
     ]

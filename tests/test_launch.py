@@ -260,8 +260,16 @@ def test_a_file_that_hides_a_module_is_named(name: str, job: Path) -> None:
     result = sbatch(job)
     assert result.returncode == 2
     hidden = name.split("/")[0]
-    says = f"error: {hidden} in {job} hides the module of that name, which all need: rename it"
+    says = f"error: {hidden} in {job} hides the module of that name: rename it"
     assert result.stderr.splitlines() == [says]
+
+
+def test_a_workstation_names_it_too(local: Path) -> None:
+    (local / "random.py").write_text("x = 1\n")
+    script = ["bash", str(local / "run-optuna-local.sh")]
+    result = subprocess.run(script, capture_output=True, text=True, timeout=LIMIT)
+    says = f"error: random.py in {local} hides the module of that name: rename it\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", says)
 
 
 def test_a_file_with_the_name_of_a_module_that_nobody_needs_is_no_error(job: Path) -> None:

@@ -1,4 +1,4 @@
-"""Does a file beside the scripts hide a module that all of them need?  optuna.py, random.py, …
+"""Does a file beside the scripts hide a module that they need?  optuna.py, random.py, …
 
     python -I hpo/job/hidden.py        a line that names them, or nothing
 
@@ -29,7 +29,7 @@ def main() -> None:
         found |= of_python
     if found:
         names = ", ".join(sorted(found))
-        print(f"{names} in {SCRIPTS} hides the module of that name, which all need: rename it")
+        print(f"{names} in {SCRIPTS} hides the module of that name: rename it")
 
 
 def beside() -> list[str]:

@@ -32,7 +32,7 @@ from hpo.search.space import Space
 from hpo.study.optuna_private import as_seen
 
 MOST = 25  # good trials, as in Optuna
-FAR = 20
+FAR = 20  # see _worst
 _OPTIONS = inspect.signature(TPESampler).parameters.values()
 _COUNT_PRUNED = inspect.Parameter(
     "count_pruned", inspect.Parameter.KEYWORD_ONLY, default=False, annotation="bool"

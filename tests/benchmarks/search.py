@@ -2,7 +2,7 @@
 """How good the search is: samplers and pruners in simulated studies, with intervals.
 
     python tests/benchmarks/search.py                     all of search-figures.txt: an hour
-    python tests/benchmarks/search.py --seeds 4 --workers 4   a first look: five minutes
+    python tests/benchmarks/search.py --seeds 4 --workers 4   a first look: ten minutes
     python tests/benchmarks/search.py --lcbench FOLDER    printed alone (search_problems.py)
 
 Real samplers and pruners of hpo/search in virtual time (search_simulator.py), on the problems of
